@@ -1,0 +1,155 @@
+"""ConvSpec: one convolution as a record of numbers, with its sizes, cost and legality."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from groupconv.errors import ArgumentError
+
+Ints = int | Sequence[int]
+
+
+def legal_groups(in_channels: int, out_channels: int) -> list[int]:
+    """Every number of groups that divides both channel counts, ascending."""
+    common = math.gcd(in_channels, out_channels)
+    small = [d for d in range(1, math.isqrt(common) + 1) if common % d == 0]
+    return sorted({*small, *(common // d for d in small)})
+
+
+def check_groups(where: str, in_channels: int, out_channels: int, groups: int) -> None:
+    """Raise ArgumentError unless ``groups`` is a positive divisor of both channel counts.
+
+    Args:
+        where: the layer or function to name in the message.
+    """
+    for name, value in (
+        ("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)
+    ):  # fmt: skip
+        if not _is_int(value) or value < 1:
+            raise ArgumentError(f"{where}: {name}={value!r} must be a positive integer")
+    uneven = [
+        f"{name}={value}"
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels))
+        if value % groups != 0
+    ]
+    if uneven:
+        legal = legal_groups(in_channels, out_channels)
+        nearest = [
+            *[g for g in legal if g < groups][-1:],
+            *[g for g in legal if g > groups][:1],
+        ]
+        raise ArgumentError(
+            f"{where}: {' and '.join(uneven)} not divisible by groups={groups} "
+            f"(in_channels={in_channels}, out_channels={out_channels}); "
+            f"nearest legal groups: {', '.join(map(str, nearest))}"
+        )
+
+
+def to_tuple(where: str, name: str, value: Ints, dims: int, minimum: int) -> tuple[int, ...]:
+    """``value`` as ``dims`` integers, each at least ``minimum``; a single one is repeated."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(values) == 1:
+        values = values * dims
+    if len(values) != dims or not all(_is_int(v) and v >= minimum for v in values):
+        raise ArgumentError(
+            f"{where}: {name}={value!r} must be one integer >= {minimum}, or {dims} of them"
+        )
+    return values
+
+
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """(before, after) per axis that keeps the size at stride 1; the odd one goes after."""
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return [(t // 2, t - t // 2) for t in totals]
+
+
+def _is_int(value: Any) -> bool:
+    # Under torch.compile sizes arrive as torch.SymInt, which stands for an integer.
+    return not isinstance(value, bool) and (hasattr(value, "__index__") or _is_symint(value))
+
+
+def _is_symint(value: Any) -> bool:
+    return type(value).__name__ == "SymInt"
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A 1-d, 2-d or 3-d convolution, or transposed convolution, on one input size.
+
+    Args:
+        batch: images, N.
+        in_channels, out_channels, groups: as in torch; groups divides both.
+        input_size: spatial size of the input, one integer per axis.
+        kernel_size, stride, dilation, output_padding: one integer per axis.
+        padding: (before, after) per axis; for a transposed convolution, what is cut off.
+        transposed: whether this is a transposed convolution.
+
+    Raises:
+        ArgumentError: a number breaks a rule, or the output would be empty along an axis.
+    """
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    input_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        where, dims = "ConvSpec", len(self.input_size)
+        check_groups(where, self.in_channels, self.out_channels, self.groups)
+        for name, minimum in (
+            ("input_size", 0),
+            ("kernel_size", 1),
+            ("stride", 1),
+            ("dilation", 1),
+        ):
+            to_tuple(where, name, getattr(self, name), dims, minimum)
+        if self.batch < 0:
+            raise ArgumentError(f"{where}: batch={self.batch} must not be negative")
+        if len(self.padding) != dims or min(map(min, self.padding)) < 0:
+            raise ArgumentError(
+                f"{where}: padding={self.padding} must be (before, after) >= 0 for {dims} axes"
+            )
+        if min(self.output_size) < 1:
+            raise ArgumentError(
+                f"{where}: output size {self.output_size} is empty: the dilated kernel "
+                f"{self.kernel_size} is larger than the padded input {self.input_size}"
+            )
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """Spatial size of the output."""
+        axes = zip(
+            self.input_size, self.kernel_size, self.stride, self.padding, self.dilation, strict=True
+        )
+        if self.transposed:
+            extra = self.output_padding or (0,) * len(self.input_size)
+            return tuple(
+                (n - 1) * s - a - b + d * (k - 1) + 1 + e
+                for (n, k, s, (a, b), d), e in zip(axes, extra, strict=True)
+            )
+        return tuple((n + a + b - d * (k - 1) - 1) // s + 1 for n, k, s, (a, b), d in axes)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``[out, in/groups, *k]``, or ``[in, out/groups, *k]`` when transposed (torch's)."""
+        if self.transposed:
+            return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass; the bias is not counted.
+
+        Every weight meets each position of the smaller of the two images once: the output of a
+        convolution, the input of a transposed one. Taps that fall on padding are counted.
+        """
+        positions = self.input_size if self.transposed else self.output_size
+        return self.batch * math.prod(self.weight_shape) * math.prod(positions)

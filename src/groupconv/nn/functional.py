@@ -1,0 +1,292 @@
+"""Grouped convolutions as functions: torch's signatures, checked before anything runs.
+
+Each takes what its namesake in ``torch.nn.functional`` takes, and refuses illegal arguments with
+one error that names argument, value, rule and the nearest legal numbers of groups, alike on every
+device. Shapes below are for 2-d; unbatched input ``(C, H, W)`` is accepted as by torch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from groupconv.errors import ArgumentError
+from groupconv.kernels.spec import Ints, check_groups, to_tuple
+
+__all__ = [
+    "channel_shuffle",
+    "group_conv1d",
+    "group_conv2d",
+    "group_conv3d",
+    "group_conv_transpose1d",
+    "group_conv_transpose2d",
+    "group_conv_transpose3d",
+]
+
+_CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_CONV_TRANSPOSE: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+
+
+def group_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """1-d grouped convolution; see :func:`group_conv2d`, with one spatial axis."""
+    return _conv(1, input, weight, bias, stride, padding, dilation, groups)
+
+
+def group_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-d grouped convolution: output group q sees the q-th ``in_channels / groups`` channels.
+
+    Args:
+        input: ``(N, C_in, H, W)`` or ``(C_in, H, W)``.
+        weight: ``(C_out, C_in / groups, k_h, k_w)``.
+        bias: ``(C_out,)`` or None.
+        stride, dilation: an integer or one per axis, in pixels.
+        padding: an integer or one per axis, in pixels, or ``"valid"`` or ``"same"``.
+        groups: divides C_in and C_out.
+
+    Returns:
+        ``(N, C_out, H_out, W_out)``.
+
+    Raises:
+        ArgumentError: an argument breaks a rule.
+    """
+    return _conv(2, input, weight, bias, stride, padding, dilation, groups)
+
+
+def group_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """3-d grouped convolution; see :func:`group_conv2d`, with three spatial axes."""
+    return _conv(3, input, weight, bias, stride, padding, dilation, groups)
+
+
+def group_conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """1-d transposed grouped convolution; see :func:`group_conv_transpose2d`."""
+    return _conv_transpose(
+        1, input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def group_conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """2-d transposed grouped convolution (the gradient of :func:`group_conv2d` as a layer).
+
+    The order of arguments is torch's: ``groups`` before ``dilation``, unlike the convolution.
+
+    Args:
+        input: ``(N, C_in, H, W)`` or ``(C_in, H, W)``.
+        weight: ``(C_in, C_out / groups, k_h, k_w)``.
+        bias: ``(C_out,)`` or None.
+        stride, padding, output_padding, dilation: an integer or one per axis, in pixels;
+            output_padding is smaller than stride or dilation.
+        groups: divides C_in and C_out.
+
+    Returns:
+        ``(N, C_out, H_out, W_out)``.
+
+    Raises:
+        ArgumentError: an argument breaks a rule.
+    """
+    return _conv_transpose(
+        2, input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def group_conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+) -> Tensor:
+    """3-d transposed grouped convolution; see :func:`group_conv_transpose2d`."""
+    return _conv_transpose(
+        3, input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
+
+
+def channel_shuffle(input: Tensor, groups: int) -> Tensor:
+    """Interleave the channels of ``groups`` groups (Zhang et al. 2018, ShuffleNet).
+
+    Output channel ``i * groups + q`` is input channel ``q * (C / groups) + i``, so that the next
+    grouped layer sees channels of every group. https://arxiv.org/abs/1707.01083
+
+    Args:
+        input: ``(N, C, *)`` with at least one spatial axis.
+        groups: divides C.
+
+    Returns:
+        Same shape and memory format as ``input``.
+
+    Raises:
+        ArgumentError: groups does not divide C, or input has fewer than three axes.
+    """
+    if input.ndim < 3:
+        raise ArgumentError(
+            f"channel_shuffle: input has shape {tuple(input.shape)}; expected (N, C, *) with at "
+            "least one spatial axis"
+        )
+    check_groups("channel_shuffle", input.shape[1], input.shape[1], groups)
+    return input if groups == 1 else torch.channel_shuffle(input, groups)
+
+
+def _conv(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: str | Ints,
+    dilation: Ints,
+    groups: int,
+) -> Tensor:
+    where = f"group_conv{dims}d"
+    in_channels = _check_input(where, dims, input, weight)
+    strides = to_tuple(where, "stride", stride, dims, 1)
+    dilations = to_tuple(where, "dilation", dilation, dims, 1)
+    check_groups(where, in_channels, weight.shape[0], groups)
+    if weight.shape[1] * groups != in_channels:
+        raise ArgumentError(
+            f"{where}: weight has shape {tuple(weight.shape)}, but weight.shape[1] must be "
+            f"in_channels / groups = {in_channels} / {groups} = {in_channels // groups}"
+        )
+    _check_bias(where, bias, weight.shape[0])
+    if isinstance(padding, str):
+        check_padding_name(where, padding, strides)
+        pads: str | tuple[int, ...] = padding
+    else:
+        pads = to_tuple(where, "padding", padding, dims, 0)
+        _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
+    return _CONV[dims - 1](input, weight, bias, strides, pads, dilations, groups)
+
+
+def _conv_transpose(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Ints,
+    padding: Ints,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
+) -> Tensor:
+    where = f"group_conv_transpose{dims}d"
+    in_channels = _check_input(where, dims, input, weight)
+    strides = to_tuple(where, "stride", stride, dims, 1)
+    dilations = to_tuple(where, "dilation", dilation, dims, 1)
+    pads = to_tuple(where, "padding", padding, dims, 0)
+    extra = to_tuple(where, "output_padding", output_padding, dims, 0)
+    check_output_padding(where, extra, strides, dilations)
+    # weight.shape[1] is out_channels / groups, so any groups divides the product.
+    check_groups(where, in_channels, in_channels, groups)
+    if weight.shape[0] != in_channels:
+        raise ArgumentError(
+            f"{where}: weight has shape {tuple(weight.shape)}, but weight.shape[0] must be "
+            f"in_channels = {in_channels}"
+        )
+    _check_bias(where, bias, weight.shape[1] * groups)
+    return _CONV_TRANSPOSE[dims - 1](input, weight, bias, strides, pads, extra, groups, dilations)
+
+
+def _check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:
+    """The number of input channels, once both tensors have the right number of axes."""
+    if weight.ndim != dims + 2 or input.ndim not in (dims + 1, dims + 2):
+        raise ArgumentError(
+            f"{where}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; "
+            f"expected {dims + 2} axes for both, or {dims + 1} for an unbatched input"
+        )
+    return input.shape[-dims - 1]
+
+
+def _check_bias(where: str, bias: Tensor | None, out_channels: int) -> None:
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != out_channels):
+        raise ArgumentError(
+            f"{where}: bias has shape {tuple(bias.shape)}; expected ({out_channels},)"
+        )
+
+
+def _check_kernel_fits(
+    where: str,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    # A traced size is a symbol: asking would fix it, and torch asks for itself.
+    if torch.compiler.is_compiling():
+        return
+    for axis, (n, k, p, d) in enumerate(zip(size, kernel_size, padding, dilation, strict=True)):
+        if n + 2 * p < d * (k - 1) + 1:
+            raise ArgumentError(
+                f"{where}: along spatial axis {axis} the kernel spans {d * (k - 1) + 1} pixels "
+                f"(kernel_size={k}, dilation={d}) but the padded input has {n + 2 * p}"
+            )
+
+
+def check_padding_name(where: str, padding: str, stride: Sequence[int]) -> None:
+    """Raise ArgumentError unless ``padding`` is "valid", or "same" at stride 1."""
+    if padding not in ("valid", "same"):
+        raise ArgumentError(
+            f'{where}: padding={padding!r} must be "valid", "same" or integers >= 0'
+        )
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ArgumentError(f'{where}: padding="same" needs stride=1, got stride={tuple(stride)}')
+
+
+def check_output_padding(
+    where: str, output_padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> None:
+    """Raise ArgumentError unless output_padding is below stride or dilation on every axis."""
+    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
+        if extra >= max(s, d):
+            raise ArgumentError(
+                f"{where}: output_padding={tuple(output_padding)} must be smaller than "
+                f"stride={tuple(stride)} or dilation={tuple(dilation)} on every axis"
+            )
