@@ -1,8 +1,8 @@
 """Train the network of ``groupconv demo`` on the 60,000 training images of Fashion-MNIST.
 
-    python examples/train_fashion_mnist.py --data /usr/share/datasets/fashion-mnist --out net.safetensors
+    python examples/train_fashion_mnist.py --data FOLDER --out net.safetensors
 
-``--data`` is a folder with the four ``*-ubyte.gz`` files (Debian: dataset-fashion-mnist). About
+FOLDER has the four ``*-ubyte.gz`` files (Debian's package dataset-fashion-mnist installs them). About
 half an hour on two CPU cores. Weights are kept in half precision; the accuracy printed last is that
 of the file as written.
 """

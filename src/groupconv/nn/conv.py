@@ -62,7 +62,8 @@ class _GroupConvNd(_ConvNd):
             raise ArgumentError(
                 f"{where}: padding_mode={padding_mode!r} must be one of {', '.join(_PADDING_MODES)}"
             )
-        super().__init__(
+        # The next class in line is torch's ConvNd of _dims axes, not the abstract one.
+        super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,
             to_tuple(where, "kernel_size", kernel_size, dims, 1),
@@ -71,7 +72,7 @@ class _GroupConvNd(_ConvNd):
             dilation=to_tuple(where, "dilation", dilation, dims, 1),
             groups=groups,
             bias=bias,
-            padding_mode=padding_mode,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
             device=device,
             dtype=dtype,
         )
@@ -158,14 +159,15 @@ class _GroupConvTransposeNd(nn.modules.conv._ConvTransposeNd):
         check_groups(where, in_channels, out_channels, groups)
         if padding_mode != "zeros":
             raise ArgumentError(
-                f'{where}: padding_mode={padding_mode!r} must be "zeros" in a transposed convolution'
+                f'{where}: padding_mode={padding_mode!r} must be "zeros" when transposed'
             )
         strides = to_tuple(where, "stride", stride, dims, 1)
         dilations = to_tuple(where, "dilation", dilation, dims, 1)
         extra = to_tuple(where, "output_padding", output_padding, dims, 0)
         # torch also takes output_padding >= stride here and fails at every call.
         check_output_padding(where, extra, strides, dilations)
-        super().__init__(
+        # The next class in line is torch's ConvNd of _dims axes, not the abstract one.
+        super().__init__(  # type: ignore[call-arg]
             in_channels,
             out_channels,
             to_tuple(where, "kernel_size", kernel_size, dims, 1),
