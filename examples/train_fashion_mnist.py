@@ -2,7 +2,7 @@
 
     python examples/train_fashion_mnist.py --data FOLDER --out net.safetensors
 
-FOLDER has the four ``*-ubyte.gz`` files (Debian's package dataset-fashion-mnist installs them). About
+FOLDER has the four ``*-ubyte.gz`` files (as Debian's package dataset-fashion-mnist installs). About
 half an hour on two CPU cores. Weights are kept in half precision; the accuracy printed last is that
 of the file as written.
 """

@@ -1,6 +1,7 @@
 """ConvSpec: one convolution as a record of numbers, with its sizes, cost and legality."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,31 +18,29 @@ def legal_groups(in_channels: int, out_channels: int) -> list[int]:
     return sorted({*small, *(common // d for d in small)})
 
 
-def check_groups(where: str, in_channels: int, out_channels: int, groups: int) -> None:
+def check_groups(where: str, in_channels: int, out_channels: int | None, groups: int) -> None:
     """Raise ArgumentError unless ``groups`` is a positive divisor of both channel counts.
 
     Args:
         where: the layer or function to name in the message.
+        out_channels: None where it is a multiple of groups, whatever groups is.
     """
-    for name, value in (
-        ("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)
-    ):  # fmt: skip
-        if not _is_int(value) or value < 1:
+    channels = {"in_channels": in_channels}
+    if out_channels is not None:
+        channels["out_channels"] = out_channels
+    for name, value in (*channels.items(), ("groups", groups)):
+        if not is_int(value) or value < 1:
             raise ArgumentError(f"{where}: {name}={value!r} must be a positive integer")
-    uneven = [
-        f"{name}={value}"
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels))
-        if value % groups != 0
-    ]
+    uneven = [f"{name}={value}" for name, value in channels.items() if value % groups != 0]
     if uneven:
-        legal = legal_groups(in_channels, out_channels)
+        legal = legal_groups(in_channels, out_channels or in_channels)
         nearest = [
             *[g for g in legal if g < groups][-1:],
             *[g for g in legal if g > groups][:1],
         ]
         raise ArgumentError(
             f"{where}: {' and '.join(uneven)} not divisible by groups={groups} "
-            f"(in_channels={in_channels}, out_channels={out_channels}); "
+            f"({', '.join(f'{name}={value}' for name, value in channels.items())}); "
             f"nearest legal groups: {', '.join(map(str, nearest))}"
         )
 
@@ -51,11 +50,23 @@ def to_tuple(where: str, name: str, value: Ints, dims: int, minimum: int) -> tup
     values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) == 1:
         values = values * dims
-    if len(values) != dims or not all(_is_int(v) and v >= minimum for v in values):
+    if len(values) != dims or not all(is_int(v) and v >= minimum for v in values):
         raise ArgumentError(
             f"{where}: {name}={value!r} must be one integer >= {minimum}, or {dims} of them"
         )
     return values
+
+
+def check_output_padding(
+    where: str, output_padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> None:
+    """Raise ArgumentError unless output_padding is below stride or dilation on every axis."""
+    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
+        if extra >= max(s, d):
+            raise ArgumentError(
+                f"{where}: output_padding={tuple(output_padding)} must be smaller than "
+                f"stride={tuple(stride)} or dilation={tuple(dilation)} on every axis"
+            )
 
 
 def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
@@ -64,13 +75,12 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tu
     return [(t // 2, t - t // 2) for t in totals]
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is an integer: Python's or NumPy's, but not a bool, array or tensor."""
     # Under torch.compile sizes arrive as torch.SymInt, which stands for an integer.
-    return not isinstance(value, bool) and (hasattr(value, "__index__") or _is_symint(value))
-
-
-def _is_symint(value: Any) -> bool:
-    return type(value).__name__ == "SymInt"
+    return not isinstance(value, bool) and (
+        isinstance(value, numbers.Integral) or type(value).__name__ == "SymInt"
+    )
 
 
 @dataclass(frozen=True)
@@ -103,24 +113,27 @@ class ConvSpec:
 
     def __post_init__(self) -> None:
         where, dims = "ConvSpec", len(self.input_size)
+        if dims not in (1, 2, 3):
+            raise ArgumentError(f"{where}: input_size={self.input_size} must have 1 to 3 axes")
         check_groups(where, self.in_channels, self.out_channels, self.groups)
-        for name, minimum in (
-            ("input_size", 0),
-            ("kernel_size", 1),
-            ("stride", 1),
-            ("dilation", 1),
-        ):
-            to_tuple(where, name, getattr(self, name), dims, minimum)
-        if self.batch < 0:
-            raise ArgumentError(f"{where}: batch={self.batch} must not be negative")
-        if len(self.padding) != dims or min(map(min, self.padding)) < 0:
-            raise ArgumentError(
-                f"{where}: padding={self.padding} must be (before, after) >= 0 for {dims} axes"
-            )
+        if not is_int(self.batch) or self.batch < 0:
+            raise ArgumentError(f"{where}: batch={self.batch!r} must be an integer >= 0")
+        for name in ("input_size", "kernel_size", "stride", "dilation"):
+            _check_axes(where, name, getattr(self, name), dims, 1)
+        _check_axes(where, "padding", self.padding, dims, None)
+        for pair in self.padding:
+            _check_axes(where, "padding", pair, 2, 0)
+        if self.output_padding:
+            if not self.transposed:
+                raise ArgumentError(
+                    f"{where}: output_padding={self.output_padding} needs transposed=True"
+                )
+            _check_axes(where, "output_padding", self.output_padding, dims, 0)
+            check_output_padding(where, self.output_padding, self.stride, self.dilation)
         if min(self.output_size) < 1:
             raise ArgumentError(
-                f"{where}: output size {self.output_size} is empty: the dilated kernel "
-                f"{self.kernel_size} is larger than the padded input {self.input_size}"
+                f"{where}: output size {self.output_size} is empty: input_size={self.input_size}, "
+                f"kernel_size={self.kernel_size}, padding={self.padding}, dilation={self.dilation}"
             )
 
     @property
@@ -153,3 +166,11 @@ class ConvSpec:
         """
         positions = self.input_size if self.transposed else self.output_size
         return self.batch * math.prod(self.weight_shape) * math.prod(positions)
+
+
+def _check_axes(where: str, name: str, value: Any, count: int, minimum: int | None) -> None:
+    """Raise ArgumentError unless value holds ``count`` items, integers >= minimum if it is set."""
+    if not isinstance(value, Sequence) or len(value) != count:
+        raise ArgumentError(f"{where}: {name}={value!r} must have {count} items")
+    if minimum is not None and not all(is_int(v) and v >= minimum for v in value):
+        raise ArgumentError(f"{where}: {name}={value!r} must hold integers >= {minimum}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError
-from groupconv.kernels.spec import Ints
+from groupconv.kernels.spec import Ints, is_int
 from groupconv.nn.conv import GroupConv2d
 from groupconv.nn.shuffle import ChannelShuffle
 
@@ -85,6 +85,12 @@ class ShuffleUnit(nn.Module):
     ) -> None:
         super().__init__()
         _check_stride("ShuffleUnit", stride)
+        _check_positive("ShuffleUnit", in_channels=in_channels, groups=groups)
+        if not is_int(out_channels) or out_channels < 4:
+            raise ArgumentError(
+                f"ShuffleUnit: out_channels={out_channels!r} must be an integer >= 4, of which "
+                "a quarter are the hidden channels"
+            )
         if (stride == 1 and in_channels != out_channels) or (
             stride == 2 and in_channels >= out_channels
         ):
@@ -133,6 +139,7 @@ class GroupedBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         _check_stride("GroupedBottleneck", stride)
+        _check_positive("GroupedBottleneck", groups=groups, width=width)
         hidden = groups * width
         self.conv1 = GroupConv2d(in_channels, hidden, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
@@ -174,6 +181,7 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         _check_stride("InvertedResidual", stride)
+        _check_positive("InvertedResidual", in_channels=in_channels, expand_ratio=expand_ratio)
         hidden = in_channels * expand_ratio
         layers: list[nn.Module] = []
         if expand_ratio != 1:
@@ -200,3 +208,9 @@ class InvertedResidual(nn.Module):
 def _check_stride(where: str, stride: int) -> None:
     if stride not in (1, 2):
         raise ArgumentError(f"{where}: stride={stride!r} must be 1 or 2")
+
+
+def _check_positive(where: str, **values: int) -> None:
+    for name, value in values.items():
+        if not is_int(value) or value < 1:
+            raise ArgumentError(f"{where}: {name}={value!r} must be a positive integer")

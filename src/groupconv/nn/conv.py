@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from groupconv.errors import ArgumentError
-from groupconv.kernels.spec import Ints, check_groups, to_tuple
+from groupconv.kernels.spec import Ints, check_groups, check_output_padding, to_tuple
 from groupconv.nn.functional import (
-    check_output_padding,
+    check_input,
     check_padding_name,
     group_conv1d,
     group_conv2d,
@@ -88,6 +88,7 @@ class _GroupConvNd(_ConvNd):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
+        check_input(type(self).__name__, self._dims, input, weight)
         if self.padding_mode != "zeros":
             _check_wrap(self, input)
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -189,15 +190,20 @@ class _GroupConvTransposeNd(nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Convolve; ``output_size`` picks one of the sizes that stride > 1 leaves open."""
-        extra = self._output_padding(
-            input,
-            None if output_size is None else list(output_size),
-            list(self.stride),
-            list(self.padding),  # type: ignore[arg-type]
-            list(self.kernel_size),
-            self._dims,
-            list(self.dilation),
-        )
+        where = type(self).__name__
+        check_input(where, self._dims, input, self.weight)
+        try:
+            extra = self._output_padding(
+                input,
+                None if output_size is None else list(output_size),
+                list(self.stride),
+                list(self.padding),  # type: ignore[arg-type]
+                list(self.kernel_size),
+                self._dims,
+                list(self.dilation),
+            )
+        except ValueError as error:
+            raise ArgumentError(f"{where}: output_size={output_size}: {error}") from error
         function = type(self)._function
         return function(
             input,

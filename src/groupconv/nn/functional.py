@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupconv.errors import ArgumentError
-from groupconv.kernels.spec import Ints, check_groups, to_tuple
+from groupconv.kernels.spec import Ints, check_groups, check_output_padding, to_tuple
 
 __all__ = [
     "channel_shuffle",
@@ -172,7 +172,7 @@ def channel_shuffle(input: Tensor, groups: int) -> Tensor:
             f"channel_shuffle: input has shape {tuple(input.shape)}; expected (N, C, *) with at "
             "least one spatial axis"
         )
-    check_groups("channel_shuffle", input.shape[1], input.shape[1], groups)
+    check_groups("channel_shuffle", input.shape[1], None, groups)
     return input if groups == 1 else torch.channel_shuffle(input, groups)
 
 
@@ -187,7 +187,7 @@ def _conv(
     groups: int,
 ) -> Tensor:
     where = f"group_conv{dims}d"
-    in_channels = _check_input(where, dims, input, weight)
+    in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
     dilations = to_tuple(where, "dilation", dilation, dims, 1)
     check_groups(where, in_channels, weight.shape[0], groups)
@@ -199,10 +199,10 @@ def _conv(
     _check_bias(where, bias, weight.shape[0])
     if isinstance(padding, str):
         check_padding_name(where, padding, strides)
-        pads: str | tuple[int, ...] = padding
-    else:
-        pads = to_tuple(where, "padding", padding, dims, 0)
-        _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
+    if padding == "same":
+        return _CONV[dims - 1](input, weight, bias, strides, padding, dilations, groups)
+    pads = to_tuple(where, "padding", 0 if isinstance(padding, str) else padding, dims, 0)
+    _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
     return _CONV[dims - 1](input, weight, bias, strides, pads, dilations, groups)
 
 
@@ -218,29 +218,39 @@ def _conv_transpose(
     dilation: Ints,
 ) -> Tensor:
     where = f"group_conv_transpose{dims}d"
-    in_channels = _check_input(where, dims, input, weight)
+    in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
     dilations = to_tuple(where, "dilation", dilation, dims, 1)
     pads = to_tuple(where, "padding", padding, dims, 0)
     extra = to_tuple(where, "output_padding", output_padding, dims, 0)
     check_output_padding(where, extra, strides, dilations)
     # weight.shape[1] is out_channels / groups, so any groups divides the product.
-    check_groups(where, in_channels, in_channels, groups)
+    check_groups(where, in_channels, None, groups)
     if weight.shape[0] != in_channels:
         raise ArgumentError(
             f"{where}: weight has shape {tuple(weight.shape)}, but weight.shape[0] must be "
             f"in_channels = {in_channels}"
         )
     _check_bias(where, bias, weight.shape[1] * groups)
+    _check_output(where, input.shape[-dims:], weight.shape[2:], strides, pads, extra, dilations)
     return _CONV_TRANSPOSE[dims - 1](input, weight, bias, strides, pads, extra, groups, dilations)
 
 
-def _check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:
-    """The number of input channels, once both tensors have the right number of axes."""
+def check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:
+    """The number of input channels, once both tensors have the right number of axes, none empty.
+
+    The batch may be empty.
+    """
     if weight.ndim != dims + 2 or input.ndim not in (dims + 1, dims + 2):
         raise ArgumentError(
             f"{where}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; "
             f"expected {dims + 2} axes for both, or {dims + 1} for an unbatched input"
+        )
+    # A traced size is a symbol: asking would fix it, and torch asks for itself.
+    if not torch.compiler.is_compiling() and min(*input.shape[-dims - 1 :], *weight.shape) < 1:
+        raise ArgumentError(
+            f"{where}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; "
+            "only the batch may be empty"
         )
     return input.shape[-dims - 1]
 
@@ -259,7 +269,6 @@ def _check_kernel_fits(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> None:
-    # A traced size is a symbol: asking would fix it, and torch asks for itself.
     if torch.compiler.is_compiling():
         return
     for axis, (n, k, p, d) in enumerate(zip(size, kernel_size, padding, dilation, strict=True)):
@@ -270,6 +279,28 @@ def _check_kernel_fits(
             )
 
 
+def _check_output(
+    where: str,
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Raise ArgumentError if a transposed convolution's padding cuts off the whole output."""
+    if torch.compiler.is_compiling():
+        return
+    axes = zip(size, kernel_size, stride, padding, output_padding, dilation, strict=True)
+    for axis, (n, k, s, p, extra, d) in enumerate(axes):
+        full = (n - 1) * s + d * (k - 1) + 1 + extra
+        if full <= 2 * p:
+            raise ArgumentError(
+                f"{where}: along spatial axis {axis} padding={p} cuts {2 * p} pixels off an "
+                f"output of {full} (input {n}, kernel_size={k}, stride={s}, dilation={d})"
+            )
+
+
 def check_padding_name(where: str, padding: str, stride: Sequence[int]) -> None:
     """Raise ArgumentError unless ``padding`` is "valid", or "same" at stride 1."""
     if padding not in ("valid", "same"):
@@ -277,16 +308,4 @@ def check_padding_name(where: str, padding: str, stride: Sequence[int]) -> None:
             f'{where}: padding={padding!r} must be "valid", "same" or integers >= 0'
         )
     if padding == "same" and any(s != 1 for s in stride):
-        raise ArgumentError(f'{where}: padding="same" needs stride=1, got stride={tuple(stride)}')
-
-
-def check_output_padding(
-    where: str, output_padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> None:
-    """Raise ArgumentError unless output_padding is below stride or dilation on every axis."""
-    for extra, s, d in zip(output_padding, stride, dilation, strict=True):
-        if extra >= max(s, d):
-            raise ArgumentError(
-                f"{where}: output_padding={tuple(output_padding)} must be smaller than "
-                f"stride={tuple(stride)} or dilation={tuple(dilation)} on every axis"
-            )
+        raise ArgumentError(f"{where}: padding='same' needs stride=1, got stride={tuple(stride)}")

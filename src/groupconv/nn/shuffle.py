@@ -1,11 +1,13 @@
 """Layers that only move channels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError
+from groupconv.kernels.spec import is_int
 from groupconv.nn.functional import channel_shuffle
 
 
@@ -23,7 +25,7 @@ class ChannelShuffle(nn.ChannelShuffle):
     """
 
     def __init__(self, groups: int) -> None:
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        if not is_int(groups) or groups < 1:
             raise ArgumentError(f"ChannelShuffle: groups={groups!r} must be a positive integer")
         super().__init__(groups)
 
@@ -50,14 +52,17 @@ class ChannelPermutation(nn.Module):
 
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
-        values = torch.as_tensor(order, dtype=torch.int64, device="cpu").clone()
-        if values.ndim != 1 or not torch.equal(values.sort().values, torch.arange(len(values))):
+        items = order.tolist() if isinstance(order, Tensor) else order
+        values = list(items) if isinstance(items, Iterable) else [None]
+        ascending = list(range(len(values)))
+        if not all(map(is_int, values)) or sorted(values) != ascending:
             raise ArgumentError(
                 f"ChannelPermutation: order={order!r} must hold each of 0 .. C-1 exactly once"
             )
-        self.register_buffer("order", values, persistent=False)
         self.channels = len(values)
-        self.is_identity = torch.equal(values, torch.arange(len(values)))
+        self.is_identity = values == ascending
+        self._values = tuple(values)
+        self.register_buffer("order", torch.tensor(values, dtype=torch.int64), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         if input.ndim < 2 or input.shape[1] != self.channels:
@@ -66,6 +71,12 @@ class ChannelPermutation(nn.Module):
                 f"(N, {self.channels}, *)"
             )
         return input if self.is_identity else input.index_select(1, self.order)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # After to_empty() the order is unset, and no state_dict holds it.
+        self.order.copy_(torch.tensor(self._values, dtype=torch.int64, device="cpu"))
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.channels}" + (", identity" if self.is_identity else "")

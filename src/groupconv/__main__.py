@@ -1,0 +1,5 @@
+"""``python -m groupconv``."""
+
+from groupconv.cli import main
+
+main()

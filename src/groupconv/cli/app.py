@@ -1,0 +1,32 @@
+"""Puts the verbs together, and turns errors into one line and an exit status.
+
+Exit status: 0 done, 1 the job failed or a budget does not hold, 2 wrong arguments.
+"""
+
+import sys
+
+import typer
+
+from groupconv.cli import demo, optimize, profile
+from groupconv.cli.console import people
+from groupconv.errors import ArgumentError, GroupConvError
+
+app = typer.Typer(
+    name="groupconv",
+    help="A trained CNN goes in; a network of grouped convolutions comes out, faster where it runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo.demo)
+app.command()(profile.profile)
+app.command()(optimize.optimize)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except GroupConvError as error:
+        people.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)

@@ -1,0 +1,103 @@
+"""Models as they are named on the command line."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from groupconv.errors import ArgumentError, DataError
+
+_FORMS = '"torchvision:resnet18", "timm:resnet18" or "path/to/file.py:function"'
+
+
+def load_model(name: str, weights: Path | None) -> nn.Module:
+    """Build a model, and load its weights if a file is given.
+
+    Args:
+        name: ``torchvision:NAME``, ``timm:NAME`` or ``file.py:function``.
+        weights: a state_dict as ``.safetensors``, ``.pth`` or ``.pt`` (read with weights_only).
+
+    Raises:
+        ArgumentError: the name has none of the forms, or nothing of that name exists.
+        DataError: the weights can't be read or do not fit.
+    """
+    source, _, what = name.partition(":")
+    if source == "torchvision" and what:
+        model = _torchvision(what)
+    elif source == "timm" and what:
+        model = _timm(what)
+    elif ".py:" in name:
+        model = load_function(name)()
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model={name!r} returns a {type(model).__name__}, not a module")
+    else:
+        raise ArgumentError(f"model={name!r} must have a form such as {_FORMS}")
+    if weights is not None:
+        _load_weights(model, weights)
+    return model.eval()
+
+
+def load_function(name: str) -> Callable[[], Any]:
+    """The function named by ``path/to/file.py:function``.
+
+    Raises:
+        ArgumentError: no such file or function.
+    """
+    path, _, function = name.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise ArgumentError(f"{name!r}: there is no file {path!r}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # So that the file's own classes can be found by their module's name, as in any import.
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ArgumentError(f"{name!r}: {path} has no function {function!r}")
+    return found
+
+
+def _torchvision(name: str) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        raise ArgumentError(f"model='torchvision:{name}': torchvision has no such model")
+    return get_model(name, weights=None)
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ArgumentError("timm is not installed: pip install 'groupconv[timm]'") from error
+    if not timm.is_model(name):
+        raise ArgumentError(f"model='timm:{name}': timm has no such model")
+    return timm.create_model(name)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"weights={str(path)!r} can't be read: {error}") from error
+    except Exception as error:  # unpickling errors have many types
+        raise DataError(f"weights={str(path)!r} hold more than numbers: {error}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise DataError(f"weights={str(path)!r} do not fit the model: {error}") from error

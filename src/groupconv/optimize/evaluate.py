@@ -1,0 +1,103 @@
+"""How good a network is: accuracy with its interval where there are labels, else likeness."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.data import Images
+from groupconv.errors import DataError
+
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A converted network beside the original, on the same images.
+
+    Args:
+        images: how many.
+        accuracy_before, accuracy_after: top-1, or None without labels or classes.
+        interval_before, interval_after: their 95% intervals (Wilson's).
+        agreement: share of images with the same top-1 class, or None if the output has no classes.
+        output_error: ``|y' - y| / |y|`` over all outputs.
+    """
+
+    images: int
+    accuracy_before: float | None
+    accuracy_after: float | None
+    interval_before: tuple[float, float] | None
+    interval_after: tuple[float, float] | None
+    agreement: float | None
+    output_error: float
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """The network's first output tensor for every image, on the CPU.
+
+    Raises:
+        DataError: the network does not accept the images, or does not give tensors.
+    """
+    device = next(model.parameters()).device
+    results = []
+    for batch in images.split(_BATCH):
+        out = run(model, batch.to(device))
+        results.append(out.float().cpu())
+    return torch.cat(results)
+
+
+def run(model: nn.Module, batch: Tensor) -> Tensor:
+    """One forward pass; the first tensor among what the network returns.
+
+    Raises:
+        DataError: the network does not accept the images, or gives no tensor.
+    """
+    try:
+        result: Any = model(batch)
+    except RuntimeError as error:
+        raise DataError(
+            f"the model does not accept images of shape {tuple(batch.shape)}: {error}"
+        ) from error
+    leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    if not leaves:
+        raise DataError(f"the model returns a {type(result).__name__} without a tensor")
+    return leaves[0]
+
+
+def compare(original: nn.Module, converted: nn.Module, test: Images) -> Quality:
+    """Measure both networks on the same images."""
+    before, after = outputs(original, test.images), outputs(converted, test.images)
+    error = float((after - before).norm() / before.norm().clamp_min(1e-30))
+    if before.ndim != 2 or before.shape[1] < 2:
+        return Quality(len(test), None, None, None, None, None, error)
+    classes = before.argmax(1), after.argmax(1)
+    agreement = float((classes[0] == classes[1]).float().mean())
+    if test.labels is None or int(test.labels.max()) >= before.shape[1]:
+        return Quality(len(test), None, None, None, None, agreement, error)
+    hits = [int((top == test.labels).sum()) for top in classes]
+    return Quality(
+        len(test),
+        hits[0] / len(test),
+        hits[1] / len(test),
+        wilson(hits[0], len(test)),
+        wilson(hits[1], len(test)),
+        agreement,
+        error,
+    )
+
+
+def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927, https://doi.org/10.2307/2276774).
+
+    Args:
+        hits, total: counts, total > 0.
+        z: quantile of the normal distribution; the default gives 95%.
+    """
+    p = hits / total
+    middle = p + z * z / (2 * total)
+    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return (middle - spread) / scale, (middle + spread) / scale

@@ -1,0 +1,133 @@
+"""Which channels share a group.
+
+A partition names, for every group, as many input channels as for any other and as many output
+channels. ``in_order`` lists the input channels of group 0, then of group 1, and so on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from groupconv.optimize.moments import Moments
+
+_STARTS = 16
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Input and output channels listed group by group; every group holds equally many."""
+
+    groups: int
+    in_order: tuple[int, ...]
+    out_order: tuple[int, ...]
+
+    @classmethod
+    def identity(cls, groups: int, in_channels: int, out_channels: int) -> "Partition":
+        """Channels in the given order, cut into equal runs."""
+        return cls(groups, tuple(range(in_channels)), tuple(range(out_channels)))
+
+
+def energy(weight: Tensor, moments: Moments) -> NDArray[np.float64]:
+    """What each input channel adds to the variance of each output, correlations left out.
+
+    Args:
+        weight: ``(C_out, C_in, *k)``.
+        moments: of the layer.
+
+    Returns:
+        ``(C_out, C_in)``.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    taps = weight.detach().double().cpu().reshape(out_channels, in_channels, -1)
+    variance = moments.uu.diagonal().reshape(in_channels, -1)
+    return (taps.square() * variance).sum(-1).numpy()
+
+
+def cluster(
+    energy: NDArray[np.float64],
+    groups: int,
+    *,
+    given_in: Sequence[int] | None = None,
+    given_out: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Partition:
+    """Balanced co-clustering: keep as much energy as possible inside the groups.
+
+    Outputs are assigned to the groups of inputs that feed them most, then inputs to the groups of
+    outputs that use them most, in turn, each exactly (a balanced assignment problem); the best of
+    several random starts is kept.
+
+    Args:
+        energy: ``(C_out, C_in)``, not negative.
+        groups: divides both.
+        given_in: None, or the order of input channels to be kept and cut into equal runs.
+        given_out: the same for output channels.
+        seed: of the starts.
+    """
+    in_channels = energy.shape[1]
+    rng = np.random.default_rng(seed)
+    fixed_in = None if given_in is None else _labels_of(given_in, groups)
+    fixed_out = None if given_out is None else _labels_of(given_out, groups)
+    # With one side given, every start ends alike.
+    starts = _STARTS if given_in is None and given_out is None else 1
+    results = []
+    for _ in range(starts):
+        start = rng.permutation(np.repeat(np.arange(groups), in_channels // groups))
+        labels = _alternate(
+            energy, groups, start if fixed_in is None else fixed_in, fixed_in, fixed_out
+        )
+        results.append(labels)
+    best_in, best_out = max(
+        results, key=lambda labels: energy[labels[1][:, None] == labels[0][None, :]].sum()
+    )
+    in_order = np.argsort(best_in, kind="stable") if given_in is None else np.array(given_in)
+    out_order = np.argsort(best_out, kind="stable") if given_out is None else np.array(given_out)
+    return Partition(groups, tuple(in_order.tolist()), tuple(out_order.tolist()))
+
+
+def _alternate(
+    energy: NDArray[np.float64],
+    groups: int,
+    in_labels: NDArray[np.int64],
+    fixed_in: NDArray[np.int64] | None,
+    fixed_out: NDArray[np.int64] | None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels of inputs and outputs, each side assigned in turn until nothing moves."""
+    out_labels = np.empty(0, np.int64) if fixed_out is None else fixed_out
+    for _ in range(_ROUNDS):
+        if fixed_out is None:
+            out_labels = _assign(_sum_by_label(energy.T, in_labels, groups), groups)
+        if fixed_in is not None:
+            break
+        moved = _assign(_sum_by_label(energy, out_labels, groups), groups)
+        if np.array_equal(moved, in_labels):
+            break
+        in_labels = moved
+    return in_labels, out_labels
+
+
+def _labels_of(order: Sequence[int], groups: int) -> NDArray[np.int64]:
+    labels = np.empty(len(order), np.int64)
+    labels[list(order)] = np.repeat(np.arange(groups), len(order) // groups)
+    return labels
+
+
+def _sum_by_label(
+    energy: NDArray[np.float64], labels: NDArray[np.int64], groups: int
+) -> NDArray[np.float64]:
+    """``(columns, groups)``: for each column, the energy of the rows of every label."""
+    return np.stack([energy[labels == q].sum(0) for q in range(groups)], 1)
+
+
+def _assign(gain: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
+    """Labels of equal count that maximise the summed gain; ``gain`` is ``(channels, groups)``."""
+    room = len(gain) // groups
+    rows, columns = linear_sum_assignment(np.repeat(gain, room, axis=1), maximize=True)
+    labels = np.empty(len(gain), np.int64)
+    labels[rows] = columns // room
+    return labels

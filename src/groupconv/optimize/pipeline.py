@@ -1,0 +1,433 @@
+"""optimize(): the steps of the scheme in their order."""
+
+import fnmatch
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.data import Images, load_images
+from groupconv.errors import ArgumentError, BudgetError, DataError
+from groupconv.files import output_folder
+from groupconv.optimize.budget import Budget, parse_budget
+from groupconv.optimize.convert import Converted, convert
+from groupconv.optimize.cost import count_macs
+from groupconv.optimize.evaluate import Quality, compare, run
+from groupconv.optimize.latency import layer_times
+from groupconv.optimize.moments import layer_moments
+from groupconv.optimize.plan import Plan, save_weights
+from groupconv.optimize.recover import distil, parse_recover, reestimate_batch_norm
+from groupconv.optimize.refit import refit
+from groupconv.optimize.select import select
+from groupconv.optimize.structure import Candidate, Menu, freedom, menu, settle
+from groupconv.optimize.summary import summarize, write_report
+from groupconv.optimize.trace import Trace, TracedConv, trace
+from groupconv.targets import LatencyTable, Target, get_target
+from groupconv.targets.timing import Timing, interleave
+
+log = logging.getLogger(__name__)
+
+_MOMENT_IMAGES = 2_048
+_MAX_POSITIONS = 20_000
+_BATCH = 128
+_SOLVES = 6
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`optimize` returns.
+
+    Args:
+        model: the converted network, in evaluation mode.
+        plan: which layers were cut, and why.
+        report: accuracy, latency (seconds), MACs and parameters before and after, and the same
+            per layer; plain numbers and text, as in ``report.json``.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A selection and the network that it makes, measured."""
+
+    chosen: dict[str, Candidate]
+    times: dict[str, tuple[float, float]]
+    converted: Converted
+    plan: Plan
+
+
+def optimize(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: str = "2x",
+    target: str = "eager",
+    recover: str = "none",
+    keep: Sequence[str] = (),
+    out: str | Path | None = None,
+    seed: int = 0,
+    test: Any = None,
+    batch_size: int = 1,
+    max_images: int = 1_024,
+    image_size: int = 224,
+) -> Result:
+    """Turn a trained CNN into a network of grouped convolutions under a budget.
+
+    The model itself is left as it was. Labels are used only to report accuracy.
+
+    Args:
+        model: a network of one image batch; evaluated in evaluation mode.
+        data: calibration images: a tensor ``(N, C, H, W)``, a DataLoader, a folder, an ``.npz``.
+        budget: "2x" faster, "50%" of the latency, "12ms", "50%macs", "300Mmacs", "50%params",
+            "1.2Mparams".
+        target: the runtime whose measured time counts; "eager".
+        recover: "none"; "bn" re-estimates batch norm; a time such as "10min" also distils from
+            the original network for so long.
+        keep: names or patterns (``"layer4.*"``) of layers to leave as they are.
+        out: folder for model.safetensors, plan.json, report.json and report.html.
+        seed: of every random choice.
+        test: images to report on, in any form that data takes; by default a fifth of data is
+            held out.
+        batch_size: images per call when latency is measured.
+        max_images: calibration images to use at most.
+        image_size: height and width of the images of a folder, in pixels.
+
+    Returns:
+        Result
+
+    Raises:
+        ArgumentError: an argument breaks a rule.
+        DataError: images, weights or the output folder can't be used.
+        BudgetError: no choice meets the budget; nothing is written.
+    """
+    limit, seconds, runtime = parse_budget(budget), parse_recover(recover), get_target(target)
+    for name, value in (("batch_size", batch_size), ("max_images", max_images)):
+        if value < 1:
+            raise ArgumentError(f"optimize: {name}={value!r} must be a positive integer")
+    folder = None if out is None else output_folder(out)
+    _check_weights(model)
+    images = load_images(data, limit=max_images, image_size=image_size, seed=seed)
+    if test is None:
+        held_out, images = images.shuffled(seed).split(max(1, len(images) // 5))
+    else:
+        held_out = load_images(test, limit=1_000_000, image_size=image_size, seed=seed)
+    if not len(images):
+        raise DataError(f"{images.source}: one image is not enough; give test= or more images")
+    with _evaluation(model), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        job = _Job(model, images, runtime, limit, seed, batch_size, folder)
+        return job.run(keep, held_out, recover, seconds)
+
+
+class _Job:
+    """One run of :func:`optimize`, after its arguments were checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        target: Target,
+        budget: Budget,
+        seed: int,
+        batch_size: int,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.images, self.target = model, images, target
+        self.budget, self.seed, self.batch_size, self.folder = budget, seed, batch_size, folder
+        self.device = next(model.parameters()).device
+        self.table = LatencyTable(None if folder is None else folder / "latency.json")
+        self.steps: dict[str, float] = {}
+
+    def run(
+        self, keep: Sequence[str], held_out: Images, recover: str, seconds: float | None
+    ) -> Result:
+        with self._step("trace"):
+            run(self.model, self._example(1))
+            mapped = trace(self.model, (self._example(2),))
+            convs = self._eligible(mapped, keep)
+        with self._step("moments"):
+            menus = self._menus(mapped, convs)
+        with self._step("measure"):
+            times = layer_times(menus, self.target, self.table, self.batch_size)
+        if self.table.reused:
+            log.info("reused %d measured times of %s", self.table.reused, self.table.path)
+        with self._step("select"):
+            choice = self._select(mapped, menus, times)
+        net = choice.converted.model
+        with self._step("refit"):
+            losses = refit(
+                self.model,
+                choice.converted,
+                self._moment_batches,
+                max_positions=_MAX_POSITIONS,
+                images=min(len(self.images), _MOMENT_IMAGES),
+                seed=self.seed,
+            )
+        fitted = compare(self.model, net, held_out)
+        log.info("refitted: %s", _in_words(fitted))
+        if seconds is not None and choice.converted.placed:
+            self._recover(net, seconds)
+        with self._step("evaluate"):
+            quality = compare(self.model, net, held_out)
+            log.info("recovered: %s", _in_words(quality))
+            latency = self._latency(net)
+        report = summarize(
+            model=self.model,
+            converted=choice.converted,
+            mapped=mapped,
+            menus=menus,
+            chosen=choice.chosen,
+            times=choice.times,
+            losses=losses,
+            fitted=fitted,
+            quality=quality,
+            latency=latency,
+            macs=tuple(count_macs(m, (self._example(1),)) for m in (self.model, net)),
+            steps=self.steps,
+            reasons=choice.plan.reasons,
+            settings={
+                "model": type(self.model).__name__,
+                "budget": self.budget.text,
+                "target": self.target.name,
+                "recover": recover,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "input_shape": list(self.images.images.shape[1:]),
+                "data": self.images.source,
+                "calibration_images": len(self.images),
+                "test_data": held_out.source,
+            },
+        )
+        if self.folder is not None:
+            save_weights(self.folder, net, choice.converted.edits)
+            write_report(self.folder, choice.plan, report)
+        return Result(net, choice.plan, report)
+
+    def _eligible(self, mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
+        """Dense convolutions that can be cut and that the user does not keep."""
+        names = [conv.name for conv in mapped.convs]
+        for pattern in keep:
+            if not fnmatch.filter(names, pattern):
+                raise ArgumentError(
+                    f"keep={pattern!r} matches no convolution; they are {', '.join(names)}"
+                )
+        for name, reason in mapped.skipped.items():
+            log.info("left as it is: %s (%s)", name, reason)
+        convs = [
+            conv
+            for conv in mapped.convs
+            if conv.spec.groups == 1
+            and math.gcd(conv.spec.in_channels, conv.spec.out_channels) > 1
+            and not any(fnmatch.fnmatchcase(conv.name, pattern) for pattern in keep)
+        ]
+        log.info("%d of %d convolutions can be cut into groups", len(convs), len(mapped.convs))
+        return convs
+
+    def _menus(self, mapped: Trace, convs: list[TracedConv]) -> dict[str, Menu]:
+        free = freedom(mapped, convs)
+        menus = {}
+        for conv in convs:
+            (moments,) = layer_moments(
+                self.model,
+                self.model,
+                [(conv, conv.name)],
+                self._moment_batches(),
+                max_positions=_MAX_POSITIONS,
+                images=min(len(self.images), _MOMENT_IMAGES),
+                seed=self.seed,
+            )
+            weight = self.model.get_submodule(conv.name).weight
+            assert isinstance(weight, Tensor)
+            menus[conv.name] = menu(conv, weight, moments, free[conv.name], self.seed)
+        return menus
+
+    def _select(
+        self, mapped: Trace, menus: dict[str, Menu], times: dict[str, list[float]]
+    ) -> _Choice:
+        """Solve, build, measure the whole network, correct the model of its time, solve again."""
+        allowed, reasons = _not_slower(menus, times)
+        costs = {
+            name: [self._cost(menu.candidates[i], times[name][i]) for i in allowed[name]]
+            for name, menu in menus.items()
+        }
+        losses = {
+            name: [menu.candidates[i].loss for i in allowed[name]] for name, menu in menus.items()
+        }
+        whole = self._whole()
+        bound = self.budget.bound(whole)
+        rest = whole - sum(cost[0] for cost in costs.values())
+        correction = 1.0
+        for solve in range(_SOLVES):
+            try:
+                picked = select(losses, costs, bound * correction - rest)
+            except BudgetError as error:
+                raise BudgetError(
+                    f"budget={self.budget.text!r}: {_amount(self.budget, bound)} can't be met; "
+                    f"the network needs {_amount(self.budget, whole)} now, of which "
+                    f"{_amount(self.budget, rest)} outside the layers that can change ({error})"
+                ) from error
+            chosen = {n: menus[n].candidates[allowed[n][i]] for n, i in picked.items()}
+            taken = {n: (times[n][0], times[n][allowed[n][i]]) for n, i in picked.items()}
+            partitions = settle(mapped, menus, chosen, self.seed)
+            converted = convert(self.model, mapped, partitions)
+            plan = Plan(
+                partitions,
+                {n: _why(chosen[n], taken[n], reasons.get(n)) for n in chosen},
+                self.budget.text,
+                self.target.name,
+                self.seed,
+            )
+            choice = _Choice(chosen, taken, converted, plan)
+            if self.budget.quantity != "latency" or not partitions:
+                return choice
+            before, after = self._latency(converted.model)
+            # The ratio, not the seconds: the machine may have slowed down since `whole`.
+            measured = after.median / before.median * whole
+            allowance = bound / before.median * whole if self.budget.amount else bound
+            log.info(
+                "solve %d: %d layers grouped, predicted %.3f ms, measured %.3f ms of %.3f ms",
+                solve + 1,
+                len(partitions),
+                1e3 * (rest + sum(t[1] for t in taken.values())),
+                1e3 * measured,
+                1e3 * allowance,
+            )
+            if measured <= allowance:
+                return choice
+            correction *= 0.98 * allowance / measured
+        raise BudgetError(
+            f"budget={self.budget.text!r}: after {_SOLVES} corrections the network still takes "
+            f"{1e3 * measured:.3f} ms where {1e3 * allowance:.3f} ms are allowed"
+        )
+
+    def _recover(self, net: nn.Module, seconds: float) -> None:
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+            with self._step("batch norm"):
+                reestimate_batch_norm(net, self._batches())
+        if seconds:
+            with self._step("distil"):
+                count = distil(self.model, net, self._shuffled, seconds)
+            log.info("distilled for %d steps", count)
+
+    def _whole(self) -> float:
+        if self.budget.quantity == "macs":
+            return float(count_macs(self.model, (self._example(1),)))
+        if self.budget.quantity == "params":
+            return float(sum(p.numel() for p in self.model.parameters()))
+        return self._latency(self.model)[0].median
+
+    def _cost(self, candidate: Candidate, seconds: float) -> float:
+        if self.budget.quantity == "latency":
+            return seconds
+        if self.budget.quantity == "params":
+            return math.prod(candidate.spec.weight_shape)
+        return candidate.spec.macs / candidate.spec.batch
+
+    def _latency(self, net: nn.Module) -> tuple[Timing, Timing]:
+        """The original and the converted network in one interleaved run."""
+        example = (self._example(self.batch_size),)
+        calls = {
+            "before": self.target.build(self.model, example),
+            "after": self.target.build(net, example),
+        }
+        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400)
+        return timings["before"], timings["after"]
+
+    def _example(self, batch: int) -> Tensor:
+        """Real images, repeated if there are too few."""
+        index = torch.arange(batch) % len(self.images)
+        return self.images.images[index].to(self.device)
+
+    def _batches(self) -> Iterator[Tensor]:
+        for batch in self.images.images.split(_BATCH):
+            yield batch.to(self.device)
+
+    def _moment_batches(self) -> Iterator[Tensor]:
+        for batch in self.images.images[:_MOMENT_IMAGES].split(_BATCH):
+            yield batch.to(self.device)
+
+    def _shuffled(self, epoch: int) -> Iterable[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        for index in torch.randperm(len(self.images), generator=generator).split(_BATCH):
+            if len(index) > 1:  # batch norm can't learn from one image
+                yield self.images.images[index].to(self.device)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.steps[name] = time.perf_counter() - start
+        log.info("%s: %.1f s", name, self.steps[name])
+
+
+def _not_slower(
+    menus: dict[str, Menu], times: dict[str, list[float]]
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Indices of the candidates that measure faster than dense, and what was refused."""
+    allowed, refused = {}, {}
+    for name, layer in menus.items():
+        dense = times[name][0]
+        slower = [i for i in range(1, len(layer.candidates)) if times[name][i] >= dense]
+        allowed[name] = [i for i in range(len(layer.candidates)) if i not in slower]
+        if slower:
+            refused[name] = "refused as not faster than dense: " + ", ".join(
+                f"groups={layer.candidates[i].spec.groups} {1e3 * times[name][i]:.3f} ms"
+                for i in slower
+            )
+    return allowed, refused
+
+
+def _why(choice: Candidate, taken: tuple[float, float], refused: str | None) -> str:
+    before, after = (1e3 * t for t in taken)
+    if choice.spec.groups == 1:
+        said = f"dense, {before:.3f} ms: within the budget its accuracy is worth more than its time"
+    else:
+        said = (
+            f"groups={choice.spec.groups}: {after:.3f} ms instead of {before:.3f} ms, "
+            f"predicted loss {choice.loss:.4f} of the layer's variance, channels by {choice.start}"
+        )
+    return said if refused is None else f"{said}; {refused}"
+
+
+def _amount(budget: Budget, value: float) -> str:
+    if budget.quantity == "latency":
+        return f"{1e3 * value:.3f} ms"
+    return f"{value / 1e6:.3f} M {budget.quantity}"
+
+
+def _in_words(quality: Quality) -> str:
+    if quality.accuracy_after is not None and quality.accuracy_before is not None:
+        return f"accuracy {quality.accuracy_after:.2%} (original {quality.accuracy_before:.2%})"
+    if quality.agreement is not None:
+        return f"top-1 agreement with the original {quality.agreement:.2%}"
+    return f"relative output error {quality.output_error:.4f}"
+
+
+def _check_weights(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()):
+        raise ArgumentError(f"model: {type(model).__name__} has no convolution")
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DataError(f"model: {name} holds NaN or Inf")
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,123 @@
+"""Plan: what a person may read and edit, and the output folder that a network is loaded from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from groupconv.errors import DataError
+from groupconv.files import replacing
+from groupconv.optimize.convert import Edit, apply_edits
+from groupconv.optimize.partition import Partition
+
+_FORMAT = 1
+WEIGHTS, PLAN, REPORT, PAGE = "model.safetensors", "plan.json", "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are cut into how many groups, which channels share one, and why.
+
+    Args:
+        layers: name of the layer to its partition, in the order in which they claim the order of
+            the channels between layers.
+        reasons: name of the layer to why it is as it is, dense ones too.
+        budget, target, seed: what the plan was made for.
+    """
+
+    layers: Mapping[str, Partition]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    budget: str = ""
+    target: str = ""
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """JSON with one line per list of channels."""
+        layers = ",\n".join(
+            f"  {json.dumps(name)}: {{\n"
+            f'   "groups": {partition.groups},\n'
+            f'   "in_order": {json.dumps(partition.in_order)},\n'
+            f'   "out_order": {json.dumps(partition.out_order)}\n'
+            "  }"
+            for name, partition in self.layers.items()
+        )
+        head = {
+            "format": _FORMAT,
+            "budget": self.budget,
+            "target": self.target,
+            "seed": self.seed,
+            "reasons": dict(self.reasons),
+        }
+        opening = json.dumps(head, indent=1).removesuffix("\n}")
+        return opening + ',\n "layers": {\n' + layers + "\n }\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            DataError: not JSON, another format, or a list that is not a permutation.
+        """
+        try:
+            values = json.loads(text)
+            if values["format"] != _FORMAT:
+                raise DataError(f"plan: format {values['format']!r} must be {_FORMAT}")
+            layers = {name: _partition(name, layer) for name, layer in values["layers"].items()}
+            head = (values["budget"], values["target"], int(values["seed"]))
+            return cls(layers, values.get("reasons", {}), *head)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"plan: not a plan of groupconv: {error!r}") from error
+
+
+def _partition(name: str, layer: Mapping[str, Any]) -> Partition:
+    orders = [tuple(int(i) for i in layer[key]) for key in ("in_order", "out_order")]
+    for key, order in zip(("in_order", "out_order"), orders, strict=True):
+        if sorted(order) != list(range(len(order))):
+            raise DataError(f"plan: {name}: {key} must hold each of 0 .. C-1 exactly once")
+    return Partition(int(layer["groups"]), *orders)
+
+
+def save_weights(folder: Path, model: nn.Module, edits: Mapping[str, Edit]) -> None:
+    """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough."""
+    metadata = {"groupconv": json.dumps({name: edit.to_dict() for name, edit in edits.items()})}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_model(model, str(temporary), metadata)
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """Rebuild an optimized network from the constructor of the original one.
+
+    Nothing is unpickled: the file holds numbers and the list of converted layers.
+
+    Args:
+        folder: output folder of :func:`optimize`, or a ``model.safetensors`` in one.
+        model: the original network, with any weights; it is converted in place.
+
+    Returns:
+        ``model``, with the optimized structure and weights, in evaluation mode.
+
+    Raises:
+        DataError: the folder has no finished result, or it belongs to another network.
+    """
+    path = Path(folder)
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.exists():
+        raise DataError(f"{path} does not exist: not an output folder, or its run did not finish")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("groupconv")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a whole safetensors file: {error}") from error
+    if text is None:
+        raise DataError(f"{path}: holds weights, but was not written by groupconv")
+    apply_edits(model, {name: Edit.from_dict(edit) for name, edit in json.loads(text).items()})
+    try:
+        load_model(model, str(path))
+    except RuntimeError as error:
+        raise DataError(f"{path}: weights of another network: {error}") from error
+    return model.eval()

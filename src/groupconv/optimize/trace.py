@@ -1,0 +1,339 @@
+"""The convolutions of a model and how their channels are tied together.
+
+``torch.export`` gives the graph. A *space* is a set of channels with one order: every tensor whose
+channel axis runs over it, and every weight that reads or writes those tensors, must agree on the
+order. Batch norm, activations, pooling and depthwise layers keep the space of their input; an
+addition joins two. A space that touches something not understood here, or the network's inputs or
+outputs, is *fixed*: its order can't be changed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from groupconv.errors import GroupConvError
+from groupconv.kernels.spec import ConvSpec, same_padding
+
+_CONVS = ("conv1d", "conv2d", "conv3d")
+# Operators that act on each channel alike, so the order of channels passes through them.
+# fmt: off
+_CHANNELWISE = frozenset((
+    "relu", "relu_", "relu6", "relu6_", "hardtanh", "hardtanh_", "silu", "silu_", "sigmoid",
+    "sigmoid_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "gelu", "leaky_relu",
+    "leaky_relu_", "elu", "elu_", "tanh", "mish", "mish_", "softplus", "dropout", "dropout_",
+    "feature_dropout", "clone", "contiguous", "detach", "identity",
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d",
+    "upsample_nearest2d", "upsample_bilinear2d",
+))
+_TYING = frozenset(("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"))
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter whose axis runs over a space: ``module`` is the owner's qualified name."""
+
+    module: str
+    parameter: str
+    axis: int
+
+
+@dataclass
+class Space:
+    """Channels with one order; ``fixed`` says why the order can't change, or is None."""
+
+    channels: int
+    fixed: str | None
+    members: list[Member] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TracedConv:
+    """A convolution module that runs once per forward pass.
+
+    Args:
+        name: qualified name of the module.
+        spec: sizes, at the example's batch.
+        batch_norm: name of the batch norm that alone reads the output, or None.
+        input_space, output_space: indices into :attr:`Trace.spaces`.
+    """
+
+    name: str
+    spec: ConvSpec
+    batch_norm: str | None
+    input_space: int
+    output_space: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Convolutions in the order they run, the spaces between them, and what was left out."""
+
+    convs: tuple[TracedConv, ...]
+    spaces: tuple[Space, ...]
+    skipped: dict[str, str]
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
+    """Map the channels of ``model``, in evaluation mode.
+
+    Args:
+        model: left as it was.
+        inputs: one example of the forward's arguments.
+
+    Raises:
+        GroupConvError: the model can't be exported by torch.export.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        program = torch.export.export(model, inputs, strict=False)
+    except Exception as error:
+        raise GroupConvError(
+            f"{type(model).__name__} can't be traced by torch.export: {error}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return _Tracer(model, program).run()
+
+
+class _Tracer:
+    """Walks the graph once; ``space_of`` holds the space of each value's channel axis."""
+
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram) -> None:
+        self.graph = program.graph
+        signature = program.graph_signature
+        self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.modules = dict(model.named_modules())
+        self.spaces: list[Space] = []
+        self.parent: list[int] = []
+        self.space_of: dict[fx.Node, int] = {}
+        self.found: dict[str, tuple[ConvSpec, str | None, int, int]] = {}
+        self.skipped: dict[str, str] = {}
+        self.calls: dict[str, int] = {}
+
+    def run(self) -> Trace:
+        for node in self.graph.nodes:
+            if node.op == "placeholder" and node.name not in self.parameters:
+                self._open(node, "input of the network")
+            elif node.op == "output":
+                self._fix(node.all_input_nodes, "output of the network")
+            elif node.op == "call_function":
+                self._visit(node)
+        for name, calls in self.calls.items():
+            if calls > 1:
+                self._skip(name, f"called {calls} times in one pass")
+        roots = sorted({self._root(s) for s in range(len(self.spaces))})
+        self._fix_shared(roots)
+        index = {root: i for i, root in enumerate(roots)}
+        convs = tuple(
+            TracedConv(name, spec, bn, index[self._root(a)], index[self._root(b)])
+            for name, (spec, bn, a, b) in self.found.items()
+        )
+        return Trace(convs, tuple(self.spaces[root] for root in roots), self.skipped)
+
+    def _visit(self, node: fx.Node) -> None:
+        op = _operator(node)
+        if op in _CONVS:
+            self._convolution(node, len(_CONVS) - _CONVS[::-1].index(op))
+        elif op == "batch_norm":
+            self._batch_norm(node)
+        elif op == "linear":
+            self._linear(node)
+        elif op in _CHANNELWISE or (op == "mean" and _over_spatial_axes(node)):
+            self._keep_space(node)
+        elif op in _TYING:
+            self._tie(node)
+        elif op in ("flatten", "view", "reshape") and _drops_unit_axes(node):
+            self._keep_space(node)
+        else:
+            self._fix(node.all_input_nodes, f"read by {op}")
+            self._open(node, f"written by {op}")
+
+    def _convolution(self, node: fx.Node, dims: int) -> None:
+        x, weight = node.args[0], node.args[1]
+        assert isinstance(x, fx.Node)
+        name = self._module_of(weight)
+        module = self.modules.get(name) if name is not None else None
+        if name is None or not isinstance(module, nn.modules.conv._ConvNd):
+            self.skipped[node.name] = "weight is not the parameter of a convolution module"
+            self._fix([x], f"read by {node.name}")
+            self._open(node, f"written by {node.name}")
+            return
+        self.calls[name] = self.calls.get(name, 0) + 1
+        size = tuple(x.meta["val"].shape)
+        if len(size) != dims + 2 or module.padding_mode != "zeros":
+            self.skipped[name] = f"input of shape {size}, padding_mode={module.padding_mode!r}"
+            self._fix([x], f"read by {name}")
+            self._open(node, f"written by {name}")
+            return
+        spec = _spec(module, size)
+        depthwise = spec.groups == spec.in_channels == spec.out_channels > 1
+        if spec.groups == 1:
+            self._member(x, name, "weight", 1)
+            self._open(node, None)
+        elif depthwise:
+            self._keep_space(node)
+        else:
+            self._fix([x], f"read by {name}, already in {spec.groups} groups")
+            self._open(node, f"written by {name}, already in {spec.groups} groups")
+        if spec.groups == 1 or depthwise:
+            self._member(node, name, "weight", 0)
+            if module.bias is not None:
+                self._member(node, name, "bias", 0)
+        self.found[name] = (spec, self._following_norm(node), self.space_of[x], self.space_of[node])
+
+    def _following_norm(self, node: fx.Node) -> str | None:
+        users = list(node.users)
+        if len(users) != 1 or _operator(users[0]) != "batch_norm":
+            return None
+        return self._module_of(users[0].args[3])
+
+    def _batch_norm(self, node: fx.Node) -> None:
+        self._keep_space(node)
+        name = self._module_of(node.args[3])
+        if name is None:
+            self._fix([node], "batch norm without a module")
+            return
+        for parameter in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(self.modules[name], parameter, None) is not None:
+                self._member(node, name, parameter, 0)
+
+    def _linear(self, node: fx.Node) -> None:
+        x, weight = node.args[0], node.args[1]
+        assert isinstance(x, fx.Node)
+        name = self._module_of(weight)
+        if name is not None and x.meta["val"].ndim == 2:
+            self._member(x, name, "weight", 1)
+        else:
+            self._fix([x], f"read by {node.name}")
+        self._open(node, f"written by {node.name}")
+
+    def _tie(self, node: fx.Node) -> None:
+        tensors = [a for a in node.args if isinstance(a, fx.Node)]
+        shapes = [tuple(t.meta["val"].shape) for t in tensors]
+        known = all(t in self.space_of for t in tensors)
+        if not known or len({(len(s), s[1]) for s in shapes if len(s) > 1}) != 1:
+            self._fix(tensors, f"read by {node.name}")
+            self._open(node, f"written by {node.name}")
+            return
+        self._keep_space(node)
+        for other in tensors[1:]:
+            self._join(self.space_of[tensors[0]], self.space_of[other])
+
+    def _keep_space(self, node: fx.Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source not in self.space_of:
+            self._open(node, f"written by {node.name}")
+            return
+        self.space_of[node] = self.space_of[source]
+        shape = node.meta["val"].shape
+        if len(shape) < 2 or shape[1] != self._space(source).channels:
+            raise AssertionError(f"{node.name} changed its channels: {tuple(shape)}")
+
+    def _open(self, node: fx.Node, fixed: str | None) -> None:
+        value = node.meta.get("val")
+        shape = value.shape if isinstance(value, Tensor) else ()
+        self.space_of[node] = len(self.spaces)
+        self.parent.append(len(self.spaces))
+        self.spaces.append(Space(int(shape[1]) if len(shape) > 1 else 0, fixed))
+
+    def _fix(self, nodes: Any, reason: str) -> None:
+        for node in nodes:
+            if node in self.space_of and self._space(node).fixed is None:
+                self._space(node).fixed = reason
+
+    def _member(self, node: fx.Node, module: str, parameter: str, axis: int) -> None:
+        if node not in self.space_of:
+            self._open(node, f"read by {module}")
+        member = Member(module, parameter, axis)
+        if member not in self._space(node).members:
+            self._space(node).members.append(member)
+
+    def _fix_shared(self, roots: list[int]) -> None:
+        """A parameter that runs over two spaces can't follow the order of both."""
+        homes: dict[Member, list[Space]] = {}
+        for space in map(self.spaces.__getitem__, roots):
+            for member in space.members:
+                homes.setdefault(member, []).append(space)
+        for member, spaces in homes.items():
+            if len(spaces) > 1:
+                for space in spaces:
+                    space.fixed = space.fixed or f"{member.module} is used in several places"
+
+    def _skip(self, name: str, reason: str) -> None:
+        _, _, a, b = self.found.pop(name)
+        self.skipped[name] = reason
+        for space in (a, b):
+            root = self.spaces[self._root(space)]
+            root.fixed = root.fixed or f"{name} is {reason}"
+
+    def _join(self, a: int, b: int) -> None:
+        a, b = self._root(a), self._root(b)
+        if a == b:
+            return
+        self.parent[b] = a
+        self.spaces[a].fixed = self.spaces[a].fixed or self.spaces[b].fixed
+        self.spaces[a].members += self.spaces[b].members
+
+    def _root(self, space: int) -> int:
+        while self.parent[space] != space:
+            space = self.parent[space]
+        return space
+
+    def _space(self, node: fx.Node) -> Space:
+        return self.spaces[self._root(self.space_of[node])]
+
+    def _module_of(self, node: Any) -> str | None:
+        if not isinstance(node, fx.Node) or node.name not in self.parameters:
+            return None
+        return self.parameters[node.name].rpartition(".")[0]
+
+
+def _operator(node: fx.Node) -> str:
+    """``conv2d`` for ``aten.conv2d.default``."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(node.target) if packet is None else packet.__name__
+
+
+def _spec(module: nn.modules.conv._ConvNd, size: tuple[int, ...]) -> ConvSpec:
+    if isinstance(module.padding, str):
+        same = module.padding == "same"
+        padding = (
+            tuple(same_padding(module.kernel_size, module.dilation))
+            if same
+            else ((0, 0),) * (len(size) - 2)
+        )
+    else:
+        padding = tuple((p, p) for p in module.padding)
+    return ConvSpec(
+        batch=int(size[0]),
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        input_size=tuple(int(n) for n in size[2:]),
+        kernel_size=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        padding=padding,
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+    )
+
+
+def _over_spatial_axes(node: fx.Node) -> bool:
+    source, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    assert isinstance(source, fx.Node)
+    ndim = source.meta["val"].ndim
+    return isinstance(axes, (list, tuple)) and all(int(a) % ndim >= 2 for a in axes)
+
+
+def _drops_unit_axes(node: fx.Node) -> bool:
+    """Whether ``(N, C, 1, 1)`` becomes ``(N, C)``."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"].shape, node.meta["val"].shape
+    return len(before) > 2 and tuple(after) == tuple(before[:2]) and all(n == 1 for n in before[2:])

@@ -1,0 +1,26 @@
+"""Runtimes: where latency is measured and models are sent."""
+
+from groupconv.errors import ArgumentError
+from groupconv.targets.base import Target
+from groupconv.targets.eager import Eager
+from groupconv.targets.table import LatencyTable
+
+_TARGETS = {target.name: target for target in (Eager(),)}
+
+
+def get_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        ArgumentError: there is none of that name, or it can't be used here.
+    """
+    target = _TARGETS.get(name)
+    if target is None:
+        raise ArgumentError(f"target={name!r} must be one of {', '.join(_TARGETS)}")
+    reason = target.why_not()
+    if reason is not None:
+        raise ArgumentError(f"target={name!r} can't be used here: {reason}")
+    return target
+
+
+__all__ = ["LatencyTable", "Target", "get_target"]

@@ -1,0 +1,84 @@
+"""The only clock: several callables timed in turn, A B A B, in one run."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of one call, in seconds: median and quartiles over ``runs`` samples."""
+
+    median: float
+    q1: float
+    q3: float
+    runs: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Timing":
+        if len(samples) < 2:
+            return cls(samples[0], samples[0], samples[0], len(samples))
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, q1, q3, len(samples))
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    min_runs: int = 5,
+    max_runs: int = 200,
+) -> dict[str, Timing]:
+    """Time every call in turn until ``seconds`` have passed, so that noise meets all alike.
+
+    Each call is first run twice untimed: the first pays for allocation and code selection.
+
+    Args:
+        calls: name to callable.
+        seconds: time to spend on all of them together, warm-up not counted.
+        min_runs, max_runs: bounds on the samples of each.
+
+    Returns:
+        name to :class:`Timing`.
+    """
+    for call in calls.values():
+        call()
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for run in range(max_runs):
+        if run >= min_runs and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            samples[name].append(time.perf_counter() - start)
+    return {name: Timing.of(s) for name, s in samples.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """What a measured time depends on: processor, cores, threads, versions."""
+    return {
+        "processor": _processor(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
