@@ -13,7 +13,7 @@ from groupconv.errors import ArgumentError, GroupConvError
 
 app = typer.Typer(
     name="groupconv",
-    help="A trained CNN goes in; a network of grouped convolutions comes out, faster where it runs.",
+    help="A trained CNN goes in; a faster network of grouped convolutions comes out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

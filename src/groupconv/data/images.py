@@ -1,9 +1,11 @@
 """Images from wherever people keep them: tensor, loader, folder, .npz."""
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -81,11 +83,19 @@ def load_images(
         return _checked(data, limit, seed)
     if isinstance(data, Tensor):
         return _checked(Images(data, None, "a tensor"), limit, seed)
+    if _is_pair(data):
+        return _checked(Images(data[0], data[1], "a pair of tensors"), limit, seed)
     if isinstance(data, Iterable):
         return _checked(_from_loader(data, limit), limit, seed)
     raise ArgumentError(
         f"data={data!r} must be a tensor (N, C, H, W), a DataLoader, a folder or an .npz file"
     )
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether data are images and their labels, and not two batches of images."""
+    two_tensors = isinstance(data, tuple | list) and [isinstance(t, Tensor) for t in data]
+    return two_tensors == [True, True] and data[1].ndim == 1
 
 
 def _checked(found: Images, limit: int, seed: int) -> Images:
@@ -123,6 +133,11 @@ def _from_loader(loader: Iterable[Any], limit: int) -> Images:
             labels.append(y)
         if sum(map(len, images)) >= limit:
             break
+    if len({x.shape[1:] for x in images}) > 1:
+        raise DataError(
+            "the loader gives images of different shapes: "
+            + ", ".join(sorted({str(tuple(x.shape[1:])) for x in images}))
+        )
     if not images:
         raise DataError("the loader gives no batches")
     found = Images(
@@ -139,7 +154,7 @@ def _from_npz(path: Path) -> Images:
                 raise DataError(f"{path}: holds {names}, but no array called 'images'")
             images = torch.from_numpy(arrays["images"])
             labels = torch.from_numpy(arrays["labels"]).long() if "labels" in names else None
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: can't be read as .npz: {error}") from error
     return Images(images, labels, str(path))
 

@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from groupconv.errors import DataError
 from groupconv.kernels.spec import check_groups
 from groupconv.nn import ChannelPermutation
+from groupconv.optimize.fold import reorder
 from groupconv.optimize.partition import Partition
-from groupconv.optimize.trace import Space, Trace, TracedConv
+from groupconv.optimize.trace import Trace, TracedConv
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -99,10 +100,16 @@ def convert(model: nn.Module, trace: Trace, partitions: Mapping[str, Partition])
         if spec.groups != 1:
             raise DataError(f"plan: layer {name!r} already has groups={spec.groups}")
         check_groups(f"plan: {name}", spec.in_channels, spec.out_channels, partition.groups)
+        listed = (len(partition.in_order), len(partition.out_order))
+        if listed != (spec.in_channels, spec.out_channels):
+            raise DataError(
+                f"plan: {name}: {listed[0]} input and {listed[1]} output channels listed; the "
+                f"layer has {spec.in_channels} and {spec.out_channels}"
+            )
     orders = space_orders(trace, partitions)
     net = copy.deepcopy(model)
     for index, order in orders.items():
-        _reorder(net, trace.spaces[index], order)
+        reorder(net, trace.spaces[index], order)
     edits, placed = {}, []
     for conv in trace.convs:
         if conv.name not in partitions:
@@ -187,14 +194,6 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
                 steps["order_out"] = ChannelPermutation(edit.order_out)
             new = nn.Sequential(steps).to(old.weight.device).train(old.training)
         model.set_submodule(name, new)
-
-
-def _reorder(net: nn.Module, space: Space, order: Sequence[int]) -> None:
-    """Put every parameter on a space into a new order of channels."""
-    for member in space.members:
-        tensor: Tensor = getattr(net.get_submodule(member.module), member.parameter)
-        index = torch.tensor(order, device=tensor.device)
-        tensor.copy_(tensor.index_select(member.axis, index))
 
 
 def _cut(dense: nn.modules.conv._ConvNd, conv: nn.Module, where: Placed, groups: int) -> None:

@@ -216,6 +216,8 @@ class _MacCounter(TorchDispatchMode):
         self._ranges: list[tuple[int, int, str]] = []
 
     def count(self, inputs: tuple[Tensor, ...], backward: bool) -> None:
+        # Leaves of their own, so that the caller's tensors gather no gradient.
+        inputs = tuple(x.detach().requires_grad_(x.requires_grad) for x in inputs)
         handles = []
         for name, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(partial(self._enter, name)))

@@ -48,7 +48,9 @@ def fit(moments: Moments, weight: Tensor, partition: Partition) -> Fit:
     out_channels, in_channels, *kernel = weight.shape
     taps = torch.Size(kernel).numel()
     dense = weight.detach().double().cpu().reshape(out_channels, -1)
-    ridge = RIDGE * max(float(moments.uu.diagonal().mean()), 1e-12)
+    # Rounding errors of the mean's square are no variance.
+    least = max(1e-9 * float(moments.mean_u.square().mean()), 1e-12)
+    ridge = RIDGE * max(float(moments.uu.diagonal().mean()), least)
     width_in = in_channels // partition.groups
     width_out = out_channels // partition.groups
     rows, residual, bias = [], 0.0, []

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.data import Images, load_images
-from groupconv.errors import ArgumentError, BudgetError, DataError
+from groupconv.errors import ArgumentError, DataError
 from groupconv.files import output_folder
 from groupconv.optimize.budget import Budget, parse_budget
-from groupconv.optimize.convert import Converted, convert
+from groupconv.optimize.choose import choose
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.evaluate import Quality, compare, run
+from groupconv.optimize.fold import fold_permutations
 from groupconv.optimize.latency import layer_times
 from groupconv.optimize.moments import layer_moments
 from groupconv.optimize.plan import Plan, save_weights
 from groupconv.optimize.recover import distil, parse_recover, reestimate_batch_norm
 from groupconv.optimize.refit import refit
-from groupconv.optimize.select import select
-from groupconv.optimize.structure import Candidate, Menu, freedom, menu, settle
+from groupconv.optimize.structure import Menu, freedom, menu
 from groupconv.optimize.summary import summarize, write_report
 from groupconv.optimize.trace import Trace, TracedConv, trace
 from groupconv.targets import LatencyTable, Target, get_target
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 _MOMENT_IMAGES = 2_048
 _MAX_POSITIONS = 20_000
 _BATCH = 128
-_SOLVES = 6
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,6 @@ class Result:
     model: nn.Module
     plan: Plan
     report: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A selection and the network that it makes, measured."""
-
-    chosen: dict[str, Candidate]
-    times: dict[str, tuple[float, float]]
-    converted: Converted
-    plan: Plan
 
 
 def optimize(
@@ -153,6 +142,7 @@ class _Job:
     ) -> Result:
         with self._step("trace"):
             run(self.model, self._example(1))
+            self.model, folded = fold_permutations(self.model, (self._example(2),))
             mapped = trace(self.model, (self._example(2),))
             convs = self._eligible(mapped, keep)
         with self._step("moments"):
@@ -160,9 +150,12 @@ class _Job:
         with self._step("measure"):
             times = layer_times(menus, self.target, self.table, self.batch_size)
         if self.table.reused:
-            log.info("reused %d measured times of %s", self.table.reused, self.table.path)
+            log.info("reused %d measured times of %s", len(self.table.reused), self.table.path)
         with self._step("select"):
-            choice = self._select(mapped, menus, times)
+            choice = choose(
+                self.model, mapped, menus, times, self.budget, self._latency,
+                target=self.target.name, seed=self.seed, macs=self._macs(self.model),
+            )  # fmt: skip
         net = choice.converted.model
         with self._step("refit"):
             losses = refit(
@@ -192,7 +185,7 @@ class _Job:
             fitted=fitted,
             quality=quality,
             latency=latency,
-            macs=tuple(count_macs(m, (self._example(1),)) for m in (self.model, net)),
+            macs=(self._macs(self.model), self._macs(net)),
             steps=self.steps,
             reasons=choice.plan.reasons,
             settings={
@@ -209,7 +202,7 @@ class _Job:
             },
         )
         if self.folder is not None:
-            save_weights(self.folder, net, choice.converted.edits)
+            save_weights(self.folder, net, choice.converted.edits, folded)
             write_report(self.folder, choice.plan, report)
         return Result(net, choice.plan, report)
 
@@ -251,65 +244,6 @@ class _Job:
             menus[conv.name] = menu(conv, weight, moments, free[conv.name], self.seed)
         return menus
 
-    def _select(
-        self, mapped: Trace, menus: dict[str, Menu], times: dict[str, list[float]]
-    ) -> _Choice:
-        """Solve, build, measure the whole network, correct the model of its time, solve again."""
-        allowed, reasons = _not_slower(menus, times)
-        costs = {
-            name: [self._cost(menu.candidates[i], times[name][i]) for i in allowed[name]]
-            for name, menu in menus.items()
-        }
-        losses = {
-            name: [menu.candidates[i].loss for i in allowed[name]] for name, menu in menus.items()
-        }
-        whole = self._whole()
-        bound = self.budget.bound(whole)
-        rest = whole - sum(cost[0] for cost in costs.values())
-        correction = 1.0
-        for solve in range(_SOLVES):
-            try:
-                picked = select(losses, costs, bound * correction - rest)
-            except BudgetError as error:
-                raise BudgetError(
-                    f"budget={self.budget.text!r}: {_amount(self.budget, bound)} can't be met; "
-                    f"the network needs {_amount(self.budget, whole)} now, of which "
-                    f"{_amount(self.budget, rest)} outside the layers that can change ({error})"
-                ) from error
-            chosen = {n: menus[n].candidates[allowed[n][i]] for n, i in picked.items()}
-            taken = {n: (times[n][0], times[n][allowed[n][i]]) for n, i in picked.items()}
-            partitions = settle(mapped, menus, chosen, self.seed)
-            converted = convert(self.model, mapped, partitions)
-            plan = Plan(
-                partitions,
-                {n: _why(chosen[n], taken[n], reasons.get(n)) for n in chosen},
-                self.budget.text,
-                self.target.name,
-                self.seed,
-            )
-            choice = _Choice(chosen, taken, converted, plan)
-            if self.budget.quantity != "latency" or not partitions:
-                return choice
-            before, after = self._latency(converted.model)
-            # The ratio, not the seconds: the machine may have slowed down since `whole`.
-            measured = after.median / before.median * whole
-            allowance = bound / before.median * whole if self.budget.amount else bound
-            log.info(
-                "solve %d: %d layers grouped, predicted %.3f ms, measured %.3f ms of %.3f ms",
-                solve + 1,
-                len(partitions),
-                1e3 * (rest + sum(t[1] for t in taken.values())),
-                1e3 * measured,
-                1e3 * allowance,
-            )
-            if measured <= allowance:
-                return choice
-            correction *= 0.98 * allowance / measured
-        raise BudgetError(
-            f"budget={self.budget.text!r}: after {_SOLVES} corrections the network still takes "
-            f"{1e3 * measured:.3f} ms where {1e3 * allowance:.3f} ms are allowed"
-        )
-
     def _recover(self, net: nn.Module, seconds: float) -> None:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
             with self._step("batch norm"):
@@ -319,19 +253,8 @@ class _Job:
                 count = distil(self.model, net, self._shuffled, seconds)
             log.info("distilled for %d steps", count)
 
-    def _whole(self) -> float:
-        if self.budget.quantity == "macs":
-            return float(count_macs(self.model, (self._example(1),)))
-        if self.budget.quantity == "params":
-            return float(sum(p.numel() for p in self.model.parameters()))
-        return self._latency(self.model)[0].median
-
-    def _cost(self, candidate: Candidate, seconds: float) -> float:
-        if self.budget.quantity == "latency":
-            return seconds
-        if self.budget.quantity == "params":
-            return math.prod(candidate.spec.weight_shape)
-        return candidate.spec.macs / candidate.spec.batch
+    def _macs(self, net: nn.Module) -> int:
+        return count_macs(net, (self._example(1),))
 
     def _latency(self, net: nn.Module) -> tuple[Timing, Timing]:
         """The original and the converted network in one interleaved run."""
@@ -368,41 +291,6 @@ class _Job:
         yield
         self.steps[name] = time.perf_counter() - start
         log.info("%s: %.1f s", name, self.steps[name])
-
-
-def _not_slower(
-    menus: dict[str, Menu], times: dict[str, list[float]]
-) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Indices of the candidates that measure faster than dense, and what was refused."""
-    allowed, refused = {}, {}
-    for name, layer in menus.items():
-        dense = times[name][0]
-        slower = [i for i in range(1, len(layer.candidates)) if times[name][i] >= dense]
-        allowed[name] = [i for i in range(len(layer.candidates)) if i not in slower]
-        if slower:
-            refused[name] = "refused as not faster than dense: " + ", ".join(
-                f"groups={layer.candidates[i].spec.groups} {1e3 * times[name][i]:.3f} ms"
-                for i in slower
-            )
-    return allowed, refused
-
-
-def _why(choice: Candidate, taken: tuple[float, float], refused: str | None) -> str:
-    before, after = (1e3 * t for t in taken)
-    if choice.spec.groups == 1:
-        said = f"dense, {before:.3f} ms: within the budget its accuracy is worth more than its time"
-    else:
-        said = (
-            f"groups={choice.spec.groups}: {after:.3f} ms instead of {before:.3f} ms, "
-            f"predicted loss {choice.loss:.4f} of the layer's variance, channels by {choice.start}"
-        )
-    return said if refused is None else f"{said}; {refused}"
-
-
-def _amount(budget: Budget, value: float) -> str:
-    if budget.quantity == "latency":
-        return f"{1e3 * value:.3f} ms"
-    return f"{value / 1e6:.3f} M {budget.quantity}"
 
 
 def _in_words(quality: Quality) -> str:

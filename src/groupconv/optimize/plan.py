@@ -1,7 +1,7 @@
 """Plan: what a person may read and edit, and the output folder that a network is loaded from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from groupconv.errors import DataError
 from groupconv.files import replacing
 from groupconv.optimize.convert import Edit, apply_edits
+from groupconv.optimize.fold import remove
 from groupconv.optimize.partition import Partition
 
 _FORMAT = 1
@@ -82,9 +83,12 @@ def _partition(name: str, layer: Mapping[str, Any]) -> Partition:
     return Partition(int(layer["groups"]), *orders)
 
 
-def save_weights(folder: Path, model: nn.Module, edits: Mapping[str, Edit]) -> None:
+def save_weights(
+    folder: Path, model: nn.Module, edits: Mapping[str, Edit], folded: Sequence[str]
+) -> None:
     """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough."""
-    metadata = {"groupconv": json.dumps({name: edit.to_dict() for name, edit in edits.items()})}
+    layers = {name: edit.to_dict() for name, edit in edits.items()}
+    metadata = {"groupconv": json.dumps({"layers": layers, "folded": list(folded)})}
     with replacing(folder / WEIGHTS) as temporary:
         save_model(model, str(temporary), metadata)
 
@@ -115,9 +119,11 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         raise DataError(f"{path}: not a whole safetensors file: {error}") from error
     if text is None:
         raise DataError(f"{path}: holds weights, but was not written by groupconv")
-    apply_edits(model, {name: Edit.from_dict(edit) for name, edit in json.loads(text).items()})
+    changes = json.loads(text)
     try:
+        remove(model, changes["folded"])
+        apply_edits(model, {name: Edit.from_dict(edit) for name, edit in changes["layers"].items()})
         load_model(model, str(path))
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: weights of another network: {error}") from error
     return model.eval()

@@ -35,6 +35,11 @@ class Candidate:
     permute_in: bool = False
     permute_out: bool = False
 
+    @property
+    def permuted(self) -> bool:
+        """Whether it carries an explicit permutation."""
+        return self.permute_in or self.permute_out
+
 
 @dataclass(frozen=True)
 class Menu:

@@ -7,6 +7,7 @@ addition joins two. A space that touches something not understood here, or the n
 outputs, is *fixed*: its order can't be changed.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from groupconv.errors import GroupConvError
 from groupconv.kernels.spec import ConvSpec, same_padding
+from groupconv.nn import ChannelPermutation
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 # Operators that act on each channel alike, so the order of channels passes through them.
@@ -69,10 +71,30 @@ class TracedConv:
 
 
 @dataclass(frozen=True)
+class TracedPermutation:
+    """A module that only reorders channels: output channel ``i`` is input channel ``order[i]``.
+
+    Args:
+        name: qualified name of the module.
+        order: of its channels.
+        input_space, output_space: indices into :attr:`Trace.spaces`.
+        free_in, free_out: whether that space would be free if the module weren't there.
+    """
+
+    name: str
+    order: tuple[int, ...]
+    input_space: int
+    output_space: int
+    free_in: bool
+    free_out: bool
+
+
+@dataclass(frozen=True)
 class Trace:
-    """Convolutions in the order they run, the spaces between them, and what was left out."""
+    """Convolutions and permutations as they run, the spaces between them, and what was left out."""
 
     convs: tuple[TracedConv, ...]
+    permutations: tuple[TracedPermutation, ...]
     spaces: tuple[Space, ...]
     skipped: dict[str, str]
 
@@ -113,8 +135,9 @@ class _Tracer:
         self.parent: list[int] = []
         self.space_of: dict[fx.Node, int] = {}
         self.found: dict[str, tuple[ConvSpec, str | None, int, int]] = {}
+        self.moved: dict[str, tuple[tuple[int, ...], int, int]] = {}
         self.skipped: dict[str, str] = {}
-        self.calls: dict[str, int] = {}
+        self.calls: Counter[str] = Counter()
 
     def run(self) -> Trace:
         for node in self.graph.nodes:
@@ -125,7 +148,7 @@ class _Tracer:
             elif node.op == "call_function":
                 self._visit(node)
         for name, calls in self.calls.items():
-            if calls > 1:
+            if calls > 1 and name in self.found:
                 self._skip(name, f"called {calls} times in one pass")
         roots = sorted({self._root(s) for s in range(len(self.spaces))})
         self._fix_shared(roots)
@@ -134,7 +157,22 @@ class _Tracer:
             TracedConv(name, spec, bn, index[self._root(a)], index[self._root(b)])
             for name, (spec, bn, a, b) in self.found.items()
         )
-        return Trace(convs, tuple(self.spaces[root] for root in roots), self.skipped)
+        permutations = tuple(
+            TracedPermutation(
+                name,
+                order,
+                index[self._root(a)],
+                index[self._root(b)],
+                free_in=self.calls[name] == 1 and self.spaces[self._root(a)].fixed is None,
+                free_out=self.calls[name] == 1 and self.spaces[self._root(b)].fixed is None,
+            )
+            for name, (order, a, b) in self.moved.items()
+        )
+        spaces = tuple(self.spaces[root] for root in roots)
+        for moved in permutations:
+            for space in (spaces[moved.input_space], spaces[moved.output_space]):
+                space.fixed = space.fixed or f"permuted by {moved.name}"
+        return Trace(convs, permutations, spaces, self.skipped)
 
     def _visit(self, node: fx.Node) -> None:
         op = _operator(node)
@@ -148,6 +186,8 @@ class _Tracer:
             self._keep_space(node)
         elif op in _TYING:
             self._tie(node)
+        elif self._permutation(node, op):
+            pass
         elif op in ("flatten", "view", "reshape") and _drops_unit_axes(node):
             self._keep_space(node)
         else:
@@ -157,17 +197,23 @@ class _Tracer:
     def _convolution(self, node: fx.Node, dims: int) -> None:
         x, weight = node.args[0], node.args[1]
         assert isinstance(x, fx.Node)
-        name = self._module_of(weight)
+        assert isinstance(weight, fx.Node)
+        if x not in self.space_of:
+            self._open(x, "a parameter")
+        name = self._module_of(weight, "weight")
         module = self.modules.get(name) if name is not None else None
         if name is None or not isinstance(module, nn.modules.conv._ConvNd):
             self.skipped[node.name] = "weight is not the parameter of a convolution module"
             self._fix([x], f"read by {node.name}")
             self._open(node, f"written by {node.name}")
             return
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.calls[name] += 1
         size = tuple(x.meta["val"].shape)
-        if len(size) != dims + 2 or module.padding_mode != "zeros":
+        readers = [user.name for user in weight.users if _caller(user) != name]
+        if readers or len(size) != dims + 2 or module.padding_mode != "zeros":
             self.skipped[name] = f"input of shape {size}, padding_mode={module.padding_mode!r}"
+            if readers:
+                self.skipped[name] = f"its weight is read by {readers[0]} too, outside the module"
             self._fix([x], f"read by {name}")
             self._open(node, f"written by {name}")
             return
@@ -187,16 +233,40 @@ class _Tracer:
                 self._member(node, name, "bias", 0)
         self.found[name] = (spec, self._following_norm(node), self.space_of[x], self.space_of[node])
 
+    def _permutation(self, node: fx.Node, op: str) -> bool:
+        """Whether the node is all that a module does which only reorders channels."""
+        source = node.args[0] if node.args else None
+        name = _caller(node)
+        if op not in ("channel_shuffle", "index_select") or name is None:
+            return False
+        if not isinstance(source, fx.Node) or source not in self.space_of:
+            return False
+        module = self.modules.get(name)
+        channels = int(node.meta["val"].shape[1])
+        if isinstance(module, nn.ChannelShuffle):
+            order = torch.arange(channels).view(module.groups, -1).T.flatten()
+        elif isinstance(module, ChannelPermutation):
+            order = module.order
+        else:
+            return False
+        self.calls[name] += 1
+        self._open(node, None)
+        self.moved[name] = (tuple(order.tolist()), self.space_of[source], self.space_of[node])
+        return True
+
     def _following_norm(self, node: fx.Node) -> str | None:
         users = list(node.users)
         if len(users) != 1 or _operator(users[0]) != "batch_norm":
             return None
-        return self._module_of(users[0].args[3])
+        mean = users[0].args[3]
+        # The refit may move the mean, which no other layer must notice.
+        alone = isinstance(mean, fx.Node) and len(mean.users) == 1
+        return self._module_of(mean, "running_mean") if alone else None
 
     def _batch_norm(self, node: fx.Node) -> None:
         self._keep_space(node)
-        name = self._module_of(node.args[3])
-        if name is None:
+        name = self._module_of(node.args[3], "running_mean")
+        if name is None or self._module_of(node.args[1], "weight") not in (name, None):
             self._fix([node], "batch norm without a module")
             return
         for parameter in ("weight", "bias", "running_mean", "running_var"):
@@ -206,7 +276,7 @@ class _Tracer:
     def _linear(self, node: fx.Node) -> None:
         x, weight = node.args[0], node.args[1]
         assert isinstance(x, fx.Node)
-        name = self._module_of(weight)
+        name = self._module_of(weight, "weight")
         if name is not None and x.meta["val"].ndim == 2:
             self._member(x, name, "weight", 1)
         else:
@@ -231,10 +301,13 @@ class _Tracer:
         if source not in self.space_of:
             self._open(node, f"written by {node.name}")
             return
-        self.space_of[node] = self.space_of[source]
         shape = node.meta["val"].shape
         if len(shape) < 2 or shape[1] != self._space(source).channels:
-            raise AssertionError(f"{node.name} changed its channels: {tuple(shape)}")
+            # Without a batch axis: what stands second is not the channels.
+            self._fix([source], f"read by {node.name}")
+            self._open(node, f"written by {node.name}")
+            return
+        self.space_of[node] = self.space_of[source]
 
     def _open(self, node: fx.Node, fixed: str | None) -> None:
         value = node.meta.get("val")
@@ -289,10 +362,18 @@ class _Tracer:
     def _space(self, node: fx.Node) -> Space:
         return self.spaces[self._root(self.space_of[node])]
 
-    def _module_of(self, node: Any) -> str | None:
+    def _module_of(self, node: Any, parameter: str) -> str | None:
+        """The module that holds a tensor under the usual name."""
         if not isinstance(node, fx.Node) or node.name not in self.parameters:
             return None
-        return self.parameters[node.name].rpartition(".")[0]
+        owner, _, name = self.parameters[node.name].rpartition(".")
+        return owner if name == parameter else None
+
+
+def _caller(node: fx.Node) -> str | None:
+    """The innermost module in whose forward pass the node was made."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1][0] if stack else None
 
 
 def _operator(node: fx.Node) -> str:

@@ -18,13 +18,16 @@ class LatencyTable:
     Args:
         path: JSON file to read and to keep; None keeps nothing. Times of another machine, thread
             count or version of torch are not used.
+
+    Attributes:
+        reused: names whose time comes from the file.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.machine = machine()
         self.times: dict[str, Timing] = {}
-        self.reused = 0
+        self.reused: set[str] = set()
         if path is not None and path.exists():
             self._read(path)
 
@@ -32,11 +35,12 @@ class LatencyTable:
         try:
             stored = json.loads(path.read_text())
             times = {key: Timing(**values) for key, values in stored["times"].items()}
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s is not a table of times (%s): measuring again", path, error)
             return
         if stored["machine"] == self.machine:
             self.times = times
+            self.reused = set(times)
         else:
             log.warning("%s was measured on another machine or version: measuring again", path)
 
@@ -50,11 +54,10 @@ class LatencyTable:
             seconds: for each key that must be measured.
         """
         missing = [key for key in build if key not in self.times]
-        self.reused += len(build) - len(missing)
         if missing:
             # The whole set again, so that those compared were timed in the same run.
             calls = {key: make() for key, make in build.items()}
-            self.reused -= len(build) - len(missing)
+            self.reused -= calls.keys()
             self.times |= interleave(calls, seconds=seconds * len(calls))
             self.save()
         return {key: self.times[key] for key in build}
