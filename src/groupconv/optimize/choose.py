@@ -69,24 +69,31 @@ def choose(
         BudgetError: nothing on the menus meets the budget.
     """
     allowed, refused = _not_slower(menus, times)
-    costs = {
-        name: [_cost(budget, menu.candidates[i], times[name][i]) for i in allowed[name]]
-        for name, menu in menus.items()
-    }
-    losses = {
-        name: [menu.candidates[i].loss for i in allowed[name]] for name, menu in menus.items()
-    }
     whole = {
         "latency": lambda: latency(model)[0].median,
         "macs": lambda: float(macs),
         "params": lambda: float(sum(p.numel() for p in model.parameters())),
     }[budget.quantity]()
+    costs = {
+        name: [
+            _cost(budget, c, seconds) for c, seconds in zip(m.candidates, times[name], strict=True)
+        ]
+        for name, m in menus.items()
+    }
     bound = budget.bound(whole)
     rest = whole - sum(cost[0] for cost in costs.values())
+    cheapest = rest + sum(min(costs[name][i] for i in allowed[name]) for name in menus)
+    if budget.quantity != "latency" and cheapest > bound:
+        log.warning("budget=%r needs layers that measure slower than dense", budget.text)
+        allowed = {name: list(range(len(menu.candidates))) for name, menu in menus.items()}
     correction = 1.0
     for solve in range(1, _SOLVES + 1):
         try:
-            picked = select(losses, costs, bound * correction - rest)
+            picked = select(
+                {n: [menus[n].candidates[i].loss for i in allowed[n]] for n in menus},
+                {n: [costs[n][i] for i in allowed[n]] for n in menus},
+                bound * correction - rest,
+            )
         except BudgetError as error:
             raise BudgetError(
                 f"budget={budget.text!r}: {_amount(budget, bound)} can't be met; "
@@ -140,7 +147,7 @@ def _not_slower(
         slower = [i for i in range(1, len(layer.candidates)) if times[name][i] >= dense]
         allowed[name] = [i for i in range(len(layer.candidates)) if i not in slower]
         if slower:
-            refused[name] = "refused as not faster than dense: " + ", ".join(
+            refused[name] = "not faster than dense: " + ", ".join(
                 f"groups={layer.candidates[i].spec.groups}"
                 f"{' permuted' * layer.candidates[i].permuted} {1e3 * times[name][i]:.3f} ms"
                 for i in slower
@@ -158,6 +165,8 @@ def _why(choice: Candidate, taken: tuple[float, float], refused: str | None) -> 
             f"{after:.3f} ms instead of {before:.3f} ms, predicted loss {choice.loss:.4f} "
             f"of the layer's variance, channels {_ORIGIN[choice.start]}"
         )
+    if after > before:
+        said += "; slower than dense, but the budget needs it"
     return said if refused is None else f"{said}; {refused}"
 
 

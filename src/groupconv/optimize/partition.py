@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from groupconv.optimize.moments import Moments
@@ -130,6 +129,9 @@ def _sum_by_label(
 
 def _assign(gain: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
     """Labels of equal count that maximise the summed gain; ``gain`` is ``(channels, groups)``."""
+    # Here, because scipy's own BLAS starts its threads when it is imported.
+    from scipy.optimize import linear_sum_assignment
+
     room = len(gain) // groups
     rows, columns = linear_sum_assignment(np.repeat(gain, room, axis=1), maximize=True)
     labels = np.empty(len(gain), np.int64)

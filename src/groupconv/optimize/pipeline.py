@@ -77,8 +77,8 @@ def optimize(
     Args:
         model: a network of one image batch; evaluated in evaluation mode.
         data: calibration images: a tensor ``(N, C, H, W)``, a DataLoader, a folder, an ``.npz``.
-        budget: "2x" faster, "50%" of the latency, "12ms", "50%macs", "300Mmacs", "50%params",
-            "1.2Mparams".
+        budget: a bound on the whole network: "2x" faster, "50%" of the latency, "12ms",
+            "50%macs", "300Mmacs", "50%params", "1.2Mparams".
         target: the runtime whose measured time counts; "eager".
         recover: "none"; "bn" re-estimates batch norm; a time such as "10min" also distils from
             the original network for so long.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from groupconv.errors import BudgetError
 
@@ -23,6 +22,9 @@ def select(
     Raises:
         BudgetError: even the cheapest candidates cost more.
     """
+    # Here, because scipy's own BLAS starts its threads when it is imported.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     cheapest = sum(min(cost) for cost in costs.values())
     if cheapest > bound:
         raise BudgetError(

@@ -1,0 +1,142 @@
+"""The house: which package may import which, and what users may count on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import groupconv
+
+SOURCE = Path(groupconv.__file__).parent
+
+# From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
+LEVELS = [
+    {"errors", "files", "version"},
+    {"kernels"},
+    {"nn"},
+    {"models"},
+    {"data"},
+    {"targets"},
+    {"report"},
+    {"optimize"},
+    {"cli"},
+]
+# Modules of one package, in the order in which they may import each other.
+ORDER = {
+    "kernels": ["spec", "reference"],
+    "nn": ["functional", "conv", "shuffle", "blocks"],
+    "data": ["images", "sample"],
+    "targets": ["base", "timing", "eager", "table"],
+    "report": ["pictures", "table", "page"],
+    "optimize": [
+        "trace", "cost", "moments", "partition", "fit", "structure", "latency", "select", "budget",
+        "fold", "convert", "evaluate", "refit", "recover", "plan", "choose", "summary", "pipeline",
+    ],
+    "cli": ["console", "models", "profile", "optimize", "demo", "app"],
+}  # fmt: skip
+
+
+def _imports(path: Path) -> list[str]:
+    """Names below groupconv that a module imports, such as ``optimize.trace``."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("groupconv"):
+            base = (node.module or "").split(".")[1:]
+            names += [".".join([*base, alias.name]) if not base else ".".join(base)
+                      for alias in node.names]  # fmt: skip
+        elif isinstance(node, ast.Import):
+            names += [
+                alias.name.partition(".")[2] or "__init__"
+                for alias in node.names
+                if alias.name.split(".")[0] == "groupconv"
+            ]
+    return names
+
+
+def _level(package: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if package in names)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.name))
+def test_imports_point_down(path: Path) -> None:
+    package, *rest = path.relative_to(SOURCE).with_suffix("").parts
+    if package in ("__init__", "__main__"):
+        return
+    for name in _imports(path):
+        imported, _, module = name.partition(".")
+        if imported == "__init__":
+            assert package == "cli", f"{path}: only the command line uses the public package"
+            continue
+        assert _level(imported) <= _level(package), f"{path} imports {name}, which is above it"
+        if imported == package and rest and rest[0] != "__init__" and module:
+            order = ORDER[package]
+            assert order.index(module.split(".")[0]) < order.index(rest[0]), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("package", sorted(ORDER))
+def test_every_module_has_its_place(package: str) -> None:
+    modules = {p.stem for p in (SOURCE / package).glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER[package])
+
+
+def test_public_names() -> None:
+    assert groupconv.__all__ == [
+        "ArgumentError",
+        "BudgetError",
+        "DataError",
+        "GroupConvError",
+        "Plan",
+        "Profile",
+        "Result",
+        "__version__",
+        "load",
+        "nn",
+        "optimize",
+        "profile",
+    ]
+    assert groupconv.nn.__all__ == [
+        "ChannelPermutation",
+        "ChannelShuffle",
+        "GroupConv1d",
+        "GroupConv2d",
+        "GroupConv3d",
+        "GroupConvTranspose1d",
+        "GroupConvTranspose2d",
+        "GroupConvTranspose3d",
+        "GroupedBottleneck",
+        "InvertedResidual",
+        "SeparableConv2d",
+        "ShuffleUnit",
+        "functional",
+    ]
+    assert groupconv.nn.functional.__all__ == [
+        "channel_shuffle",
+        "group_conv1d",
+        "group_conv2d",
+        "group_conv3d",
+        "group_conv_transpose1d",
+        "group_conv_transpose2d",
+        "group_conv_transpose3d",
+    ]
+    for module in (groupconv, groupconv.nn, groupconv.nn.functional):
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_import_starts_no_threads_and_no_heavy_libraries() -> None:
+    code = """
+import sys, threading
+import torch
+from pathlib import Path
+def threads():
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
+before = threads()
+import groupconv
+assert threads() == before, (before, threads())
+heavy = {"torchvision", "timm", "matplotlib", "onnx", "onnxruntime", "openvino", "typer"}
+loaded = heavy & {name.partition(".")[0] for name in sys.modules}
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
