@@ -61,9 +61,9 @@ def _foldable(
         return None
     mapped = trace(model, inputs)
     for moved in mapped.permutations:
-        if moved.free_out and moved.input_space != moved.output_space:
+        if moved.free_out:
             inverse = tuple(torch.tensor(moved.order).argsort().tolist())
             return moved, mapped.spaces[moved.output_space], inverse
-        if moved.free_in and moved.input_space != moved.output_space:
+        if moved.free_in:
             return moved, mapped.spaces[moved.input_space], moved.order
     return None

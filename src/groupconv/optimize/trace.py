@@ -157,14 +157,22 @@ class _Tracer:
             TracedConv(name, spec, bn, index[self._root(a)], index[self._root(b)])
             for name, (spec, bn, a, b) in self.found.items()
         )
+        # A space between two permutations can't be reordered without changing the other one too.
+        touched = Counter(self._root(side) for _, *sides in self.moved.values() for side in sides)
+
+        def free(name: str, space: int) -> bool:
+            root = self._root(space)
+            alone = touched[root] == 1 and self.calls[name] == 1
+            return alone and self.spaces[root].fixed is None
+
         permutations = tuple(
             TracedPermutation(
                 name,
                 order,
                 index[self._root(a)],
                 index[self._root(b)],
-                free_in=self.calls[name] == 1 and self.spaces[self._root(a)].fixed is None,
-                free_out=self.calls[name] == 1 and self.spaces[self._root(b)].fixed is None,
+                free(name, a),
+                free(name, b),
             )
             for name, (order, a, b) in self.moved.items()
         )
