@@ -31,8 +31,9 @@ ORDER = {
     "targets": ["base", "timing", "eager", "table"],
     "report": ["pictures", "table", "page"],
     "optimize": [
-        "trace", "cost", "moments", "partition", "fit", "structure", "latency", "select", "budget",
-        "fold", "convert", "evaluate", "refit", "recover", "plan", "choose", "summary", "pipeline",
+        "spaces", "trace", "cost", "moments", "partition", "fit", "structure", "latency", "select",
+        "budget", "fold", "convert", "evaluate", "refit", "recover", "plan", "choose", "summary",
+        "pipeline",
     ],
     "cli": ["console", "models", "profile", "optimize", "demo", "app"],
 }  # fmt: skip

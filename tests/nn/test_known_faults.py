@@ -5,8 +5,8 @@ Left out, because they need more than the layers and a CPU:
 - a tensor of more than 2**31 elements on a GPU, the weight gradient of such a tensor on an AMD
   GPU, and the peak memory of bfloat16 conv3d on a GPU: no such device (the shape, the cost and a
   smaller tensor are checked here);
-- a grouped ConvTranspose in an ONNX file whose channels don't divide, and an activation fused into
-  a grouped ONNX convolution: tests of the exporters;
+- the same two faults in ONNX files (channels of a ConvTranspose that don't divide, an activation
+  fused into a grouped convolution) wait for the exporters; here they are tested on the layers;
 - a depthwise layer on 64 channels of 4480 x 2976 pixels takes 7 GB or more: the image is smaller
   here, and the whole one is only checked for its shape.
 """
@@ -238,3 +238,25 @@ def test_compiled_depthwise_equals_eager(groups: int, backend: str) -> None:
     torch._dynamo.reset()
     assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     assert_close(compiled_slope, slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_activation_reaches_every_group(
+    activation: nn.Module, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    layer = GroupConv2d(16, 16, 3, padding=1, groups=4)
+    x = torch.randn(2, 16, 8, 8).to(memory_format=memory_format)
+    plain = layer(x)
+    fused = torch.compile(nn.Sequential(layer, activation), backend="aot_eager")(x)
+    for before, after in zip(plain.chunk(4, 1), fused.chunk(4, 1), strict=True):
+        assert (before < 0).any()
+        assert_close(after, activation(before), rtol=1e-5, atol=1e-6)
+
+
+def test_channels_of_a_transposed_layer_must_divide() -> None:
+    for device in ("cpu", "meta"):
+        x, w = torch.zeros(1, 32, 14, 14, device=device), torch.zeros(32, 64, 3, 3, device=device)
+        with pytest.raises(ArgumentError, match="in_channels=32 not divisible by groups=3"):
+            functional.group_conv_transpose2d(x, w, groups=3)

@@ -259,3 +259,21 @@ def test_wrong_inputs(inputs: object) -> None:
 def test_wrong_target() -> None:
     with pytest.raises(ArgumentError, match="target='abacus' must be one of eager"):
         profile(nn.ReLU(), torch.ones(1), target="abacus")
+
+
+def test_macs_use_the_filters_own_depth() -> None:
+    x = torch.randn(1, 128, 28, 28)
+    layer = nn.Conv2d(128, 128, 3, padding=1, groups=8)
+    assert tuple(layer.weight.shape) == (128, 16, 3, 3)
+    assert profile(layer, x, latency=False).macs == 28 * 28 * 128 * 16 * 9
+
+
+def test_time_has_a_median_and_a_spread() -> None:
+    for groups in (1, 32):
+        result = profile(
+            nn.Conv2d(32, 32, 3, padding=1, groups=groups), torch.randn(2, 32, 64, 64), seconds=0.1
+        )
+        for timing in (result.latency, result.layers[0].latency):
+            assert timing is not None
+            assert timing.runs >= 5
+            assert 0 < timing.q1 <= timing.median <= timing.q3

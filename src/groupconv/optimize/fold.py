@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.nn import ChannelPermutation
-from groupconv.optimize.trace import Space, TracedPermutation, trace
+from groupconv.optimize.spaces import Space
+from groupconv.optimize.trace import TracedPermutation, trace
 
 
 def fold_permutations(

@@ -1,14 +1,13 @@
 """The convolutions of a model and how their channels are tied together.
 
-``torch.export`` gives the graph. A *space* is a set of channels with one order: every tensor whose
-channel axis runs over it, and every weight that reads or writes those tensors, must agree on the
-order. Batch norm, activations, pooling and depthwise layers keep the space of their input; an
-addition joins two. A space that touches something not understood here, or the network's inputs or
-outputs, is *fixed*: its order can't be changed.
+``torch.export`` gives the graph. Batch norm, activations, pooling and depthwise layers keep the
+space of channels of their input (see :mod:`groupconv.optimize.spaces`); an addition joins two. A
+space that touches something not understood here, or the network's inputs or outputs, is fixed.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from groupconv.errors import GroupConvError
 from groupconv.kernels.spec import ConvSpec, same_padding
 from groupconv.nn import ChannelPermutation
+from groupconv.optimize.spaces import Member, Space, Spaces
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 # Operators that act on each channel alike, so the order of channels passes through them.
@@ -32,24 +32,6 @@ _CHANNELWISE = frozenset((
 ))
 _TYING = frozenset(("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"))
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Member:
-    """A parameter whose axis runs over a space: ``module`` is the owner's qualified name."""
-
-    module: str
-    parameter: str
-    axis: int
-
-
-@dataclass
-class Space:
-    """Channels with one order; ``fixed`` says why the order can't change, or is None."""
-
-    channels: int
-    fixed: str | None
-    members: list[Member] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,8 +113,7 @@ class _Tracer:
         signature = program.graph_signature
         self.parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.modules = dict(model.named_modules())
-        self.spaces: list[Space] = []
-        self.parent: list[int] = []
+        self.spaces = Spaces()
         self.space_of: dict[fx.Node, int] = {}
         self.found: dict[str, tuple[ConvSpec, str | None, int, int]] = {}
         self.moved: dict[str, tuple[tuple[int, ...], int, int]] = {}
@@ -150,33 +131,25 @@ class _Tracer:
         for name, calls in self.calls.items():
             if calls > 1 and name in self.found:
                 self._skip(name, f"called {calls} times in one pass")
-        roots = sorted({self._root(s) for s in range(len(self.spaces))})
-        self._fix_shared(roots)
-        index = {root: i for i, root in enumerate(roots)}
+        self.spaces.fix_shared()
+        number, spaces = self.spaces.numbered()
         convs = tuple(
-            TracedConv(name, spec, bn, index[self._root(a)], index[self._root(b)])
+            TracedConv(name, spec, bn, number[a], number[b])
             for name, (spec, bn, a, b) in self.found.items()
         )
         # A space between two permutations can't be reordered without changing the other one too.
-        touched = Counter(self._root(side) for _, *sides in self.moved.values() for side in sides)
+        touched = Counter(number[side] for _, *sides in self.moved.values() for side in sides)
 
         def free(name: str, space: int) -> bool:
-            root = self._root(space)
-            alone = touched[root] == 1 and self.calls[name] == 1
-            return alone and self.spaces[root].fixed is None
+            alone = touched[space] == 1 and self.calls[name] == 1
+            return alone and spaces[space].fixed is None
 
         permutations = tuple(
             TracedPermutation(
-                name,
-                order,
-                index[self._root(a)],
-                index[self._root(b)],
-                free(name, a),
-                free(name, b),
+                name, order, number[a], number[b], free(name, number[a]), free(name, number[b])
             )
             for name, (order, a, b) in self.moved.items()
         )
-        spaces = tuple(self.spaces[root] for root in roots)
         for moved in permutations:
             for space in (spaces[moved.input_space], spaces[moved.output_space]):
                 space.fixed = space.fixed or f"permuted by {moved.name}"
@@ -301,7 +274,7 @@ class _Tracer:
             return
         self._keep_space(node)
         for other in tensors[1:]:
-            self._join(self.space_of[tensors[0]], self.space_of[other])
+            self.spaces.join(self.space_of[tensors[0]], self.space_of[other])
 
     def _keep_space(self, node: fx.Node) -> None:
         source = node.args[0]
@@ -310,7 +283,7 @@ class _Tracer:
             self._open(node, f"written by {node.name}")
             return
         shape = node.meta["val"].shape
-        if len(shape) < 2 or shape[1] != self._space(source).channels:
+        if len(shape) < 2 or shape[1] != self.spaces[self.space_of[source]].channels:
             # Without a batch axis: what stands second is not the channels.
             self._fix([source], f"read by {node.name}")
             self._open(node, f"written by {node.name}")
@@ -320,55 +293,23 @@ class _Tracer:
     def _open(self, node: fx.Node, fixed: str | None) -> None:
         value = node.meta.get("val")
         shape = value.shape if isinstance(value, Tensor) else ()
-        self.space_of[node] = len(self.spaces)
-        self.parent.append(len(self.spaces))
-        self.spaces.append(Space(int(shape[1]) if len(shape) > 1 else 0, fixed))
+        self.space_of[node] = self.spaces.open(int(shape[1]) if len(shape) > 1 else 0, fixed)
 
-    def _fix(self, nodes: Any, reason: str) -> None:
+    def _fix(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for node in nodes:
-            if node in self.space_of and self._space(node).fixed is None:
-                self._space(node).fixed = reason
+            if node in self.space_of:
+                self.spaces.fix(self.space_of[node], reason)
 
     def _member(self, node: fx.Node, module: str, parameter: str, axis: int) -> None:
         if node not in self.space_of:
             self._open(node, f"read by {module}")
-        member = Member(module, parameter, axis)
-        if member not in self._space(node).members:
-            self._space(node).members.append(member)
-
-    def _fix_shared(self, roots: list[int]) -> None:
-        """A parameter that runs over two spaces can't follow the order of both."""
-        homes: dict[Member, list[Space]] = {}
-        for space in map(self.spaces.__getitem__, roots):
-            for member in space.members:
-                homes.setdefault(member, []).append(space)
-        for member, spaces in homes.items():
-            if len(spaces) > 1:
-                for space in spaces:
-                    space.fixed = space.fixed or f"{member.module} is used in several places"
+        self.spaces.add(self.space_of[node], Member(module, parameter, axis))
 
     def _skip(self, name: str, reason: str) -> None:
         _, _, a, b = self.found.pop(name)
         self.skipped[name] = reason
         for space in (a, b):
-            root = self.spaces[self._root(space)]
-            root.fixed = root.fixed or f"{name} is {reason}"
-
-    def _join(self, a: int, b: int) -> None:
-        a, b = self._root(a), self._root(b)
-        if a == b:
-            return
-        self.parent[b] = a
-        self.spaces[a].fixed = self.spaces[a].fixed or self.spaces[b].fixed
-        self.spaces[a].members += self.spaces[b].members
-
-    def _root(self, space: int) -> int:
-        while self.parent[space] != space:
-            space = self.parent[space]
-        return space
-
-    def _space(self, node: fx.Node) -> Space:
-        return self.spaces[self._root(self.space_of[node])]
+            self.spaces.fix(space, f"{name} is {reason}")
 
     def _module_of(self, node: Any, parameter: str) -> str | None:
         """The module that holds a tensor under the usual name."""

@@ -1,0 +1,76 @@
+"""The integer program against every combination tried in turn."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groupconv.errors import BudgetError
+from groupconv.optimize.select import select
+
+Table = dict[str, list[float]]
+
+
+@st.composite
+def instances(draw: st.DrawFn) -> tuple[Table, Table, float]:
+    """Losses, costs and a bound between the cheapest and the dearest choice."""
+    # Whole numbers, so that sums are exact, in units from nanoseconds to GMACs.
+    unit = draw(st.sampled_from([2.0**-30, 1.0, 2.0**30]))
+    scale = draw(st.sampled_from([1e-4, 1.0]))
+    losses: Table = {}
+    costs: Table = {}
+    for layer in range(draw(st.integers(1, 4))):
+        rows = draw(
+            st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 100)), min_size=1, max_size=4)
+        )
+        losses[f"layer{layer}"] = [scale * loss / 1000 for loss, _ in rows]
+        costs[f"layer{layer}"] = [unit * cost for _, cost in rows]
+    least, most = (sum(map(pick, costs.values())) / unit for pick in (min, max))
+    return losses, costs, unit * draw(st.integers(int(least), int(most)))
+
+
+def total(table: Table, choice: dict[str, int]) -> float:
+    return sum(table[name][i] for name, i in choice.items())
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(instances())
+def test_against_every_combination(instance: tuple[Table, Table, float]) -> None:
+    losses, costs, bound = instance
+    choice = select(losses, costs, bound)
+    assert list(choice) == list(losses)
+    assert total(costs, choice) <= bound * (1 + 1e-6)
+    every = (
+        dict(zip(losses, picked, strict=True))
+        for picked in itertools.product(*(range(len(row)) for row in losses.values()))
+    )
+    best = min(total(losses, c) for c in every if total(costs, c) <= bound)
+    # The solver stops within a millionth, or a ten-thousandth of the best.
+    assert total(losses, choice) <= best * (1 + 1e-4) + 1e-6
+
+
+def test_layers_may_have_menus_of_different_length() -> None:
+    losses = {"a": [0.0, 0.1], "b": [0.0], "c": [0.0, 0.2, 0.05]}
+    costs = {"a": [5.0, 1.0], "b": [2.0], "c": [5.0, 2.0, 3.0]}
+    assert select(losses, costs, 12.0) == {"a": 0, "b": 0, "c": 0}
+    assert select(losses, costs, 10.0) == {"a": 0, "b": 0, "c": 2}
+    assert select(losses, costs, 8.0) == {"a": 1, "b": 0, "c": 0}
+    assert select(losses, costs, 6.0) == {"a": 1, "b": 0, "c": 2}
+    assert select(losses, costs, 5.0) == {"a": 1, "b": 0, "c": 1}
+
+
+def test_a_budget_that_cannot_be_met() -> None:
+    losses, costs = {"a": [0.0, 0.1], "b": [0.0]}, {"a": [5.0, 1.0], "b": [2.0]}
+    assert select(losses, costs, 3.0) == {"a": 1, "b": 0}
+    message = "the budget leaves 2.9 for the layers that can change, .* need 3"
+    with pytest.raises(BudgetError, match=message):
+        select(losses, costs, 2.9)
+    with pytest.raises(BudgetError, match="the budget leaves -1 "):
+        select(losses, costs, -1.0)
+
+
+def test_no_layers() -> None:
+    assert select({}, {}, 0.0) == {}
+    with pytest.raises(BudgetError, match="need 0"):
+        select({}, {}, -1.0)
