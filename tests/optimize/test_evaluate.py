@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from groupconv.data import Images
@@ -24,18 +25,19 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize(
     ("hits", "total", "low", "high"),
     [
-        # Worked out with statsmodels.stats.proportion.proportion_confint(method="wilson").
-        (81, 263, 0.2552894, 0.3662110),
-        (15, 148, 0.0623862, 0.1604935),
-        (0, 20, 0.0, 0.1611252),
-        (29, 29, 0.8830266, 1.0),
-        (50, 100, 0.4038315, 0.5961685),
+        # Newcombe 1998, table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
     ],
 )
 def test_wilson(hits: int, total: int, low: float, high: float) -> None:
-    assert wilson(hits, total) == pytest.approx((low, high), abs=1e-6)
+    interval = wilson(hits, total)
+    assert [round(end, 4) for end in interval] == [low, high]
+    assert interval == pytest.approx(binomtest(hits, total).proportion_ci(method="wilson"))
     missed = wilson(total - hits, total)
-    assert wilson(hits, total) == pytest.approx((1 - missed[1], 1 - missed[0]))
+    assert interval == pytest.approx((1 - missed[1], 1 - missed[0]))
 
 
 def test_wilson_narrows() -> None:

@@ -126,6 +126,24 @@ def test_distillation_trains_the_converted_network_only() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_last_batch_of_one_image_does_not_break_batch_norm() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 12), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten()
+    ).eval()
+    test = Images(images(4), None, "noise")
+    for recover in ("bn", "1s"):
+        result = groupconv.optimize(
+            model, images(129), budget="99%macs", recover=recover, test=test, max_images=129
+        )
+        assert result.plan.layers
+        assert torch.isfinite(_outputs(result.model, images(4))).all()
+
+
+def test_one_image_is_not_enough() -> None:
+    with pytest.raises(groupconv.DataError, match="1 images are left"):
+        groupconv.optimize(residual(), images(2))
+
+
 def test_labels_give_accuracy_with_its_interval() -> None:
     model, x = residual(), images()
     labels = _outputs(model, x).argmax(1)

@@ -21,7 +21,7 @@ from groupconv.optimize.trace import trace
 
 FORWARD = tuple(range(16))
 SHUFFLED = (7, 2, 15, 0, 9, 4, 11, 6, 1, 12, 3, 14, 5, 8, 13, 10)
-# The second layer's outputs are tied to the first one's inputs: an explicit permutation.
+# The second layer's outputs are tied to the first one's inputs: explicit permutations there.
 LAYERS = {
     "conv2": Partition(4, SHUFFLED, FORWARD),
     "conv1": Partition(2, SHUFFLED, SHUFFLED[::-1]),
@@ -121,7 +121,7 @@ with torch.no_grad():
 def test_load_from_the_file_itself(folder: Path) -> None:
     model = load(folder / WEIGHTS, residual(seed=9))
     assert_close(outputs(model), outputs(converted().model), rtol=0, atol=0)
-    assert [m.groups for m in (model.conv1.conv, model.conv2.conv)] == [2, 4]
+    assert [m.groups for m in (model.conv1.conv, model.conv2)] == [2, 4]
     assert [path.name for path in folder.iterdir()] == [WEIGHTS]
 
 

@@ -88,9 +88,10 @@ def test_addition_joins() -> None:
 
 
 def test_addition_of_the_input_fixes() -> None:
-    result = traced(lambda net, x: net.b(x + net.a(x)), a=conv(4, 4), b=conv(4, 4))
-    assert found(result, "a").input_space == found(result, "a").output_space
-    assert after(result, "a").fixed == "input of the network"
+    for add in (lambda net, x: net.b(x + net.a(x)), lambda net, x: net.b(net.a(x) + x)):
+        result = traced(add, a=conv(4, 4), b=conv(4, 4))
+        assert found(result, "a").input_space == found(result, "a").output_space
+        assert after(result, "a").fixed == "input of the network"
 
 
 def test_depthwise_keeps_the_space() -> None:

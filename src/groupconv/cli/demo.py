@@ -16,7 +16,7 @@ _BATCH = 64
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("groupconv-demo"),
-    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "1.7x",
+    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "55%macs",
     recover: Annotated[str, typer.Option(help="none, bn, or a time.")] = "40s",
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     json: JsonFlag = False,

@@ -148,7 +148,7 @@ def _from_loader(loader: Iterable[Any], limit: int) -> Images:
 
 def _from_npz(path: Path) -> Images:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = sorted(arrays.files)
             if "images" not in names:
                 raise DataError(f"{path}: holds {names}, but no array called 'images'")

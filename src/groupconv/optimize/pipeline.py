@@ -4,7 +4,7 @@ import fnmatch
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _MOMENT_IMAGES = 2_048
 _MAX_POSITIONS = 20_000
 _BATCH = 128
+_CHECK_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,10 @@ def optimize(
         held_out, images = images.shuffled(seed).split(max(1, len(images) // 5))
     else:
         held_out = load_images(test, limit=1_000_000, image_size=image_size, seed=seed)
-    if not len(images):
-        raise DataError(f"{images.source}: one image is not enough; give test= or more images")
+    if len(images) < 2:
+        raise DataError(
+            f"{images.source}: {len(images)} images are left to calibrate on; give more"
+        )
     with _evaluation(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         job = _Job(model, images, runtime, limit, seed, batch_size, folder)
@@ -247,11 +250,27 @@ class _Job:
     def _recover(self, net: nn.Module, seconds: float) -> None:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
             with self._step("batch norm"):
-                reestimate_batch_norm(net, self._batches())
+                self._reestimate(net)
         if seconds:
             with self._step("distil"):
                 count = distil(self.model, net, self._shuffled, seconds)
             log.info("distilled for %d steps", count)
+
+    def _reestimate(self, net: nn.Module) -> None:
+        """Re-estimate batch norm, and go back where that takes the output further away.
+
+        It helps where the layers lost much; where the refit kept the statistics, it adds noise.
+        """
+        sample = Images(self.images.images[:_CHECK_IMAGES], None, self.images.source)
+        fitted = {name: value.clone() for name, value in net.named_buffers()}
+        before = compare(self.model, net, sample).output_error
+        reestimate_batch_norm(net, self._batches())
+        after = compare(self.model, net, sample).output_error
+        log.info("batch norm re-estimated: output error %.4f, %.4f before", after, before)
+        if after > before:
+            log.info("batch norm: re-estimate not kept")
+            for name, value in net.named_buffers():
+                value.copy_(fitted[name])
 
     def _macs(self, net: nn.Module) -> int:
         return count_macs(net, (self._example(1),))
@@ -272,18 +291,17 @@ class _Job:
         return self.images.images[index].to(self.device)
 
     def _batches(self) -> Iterator[Tensor]:
-        for batch in self.images.images.split(_BATCH):
+        for batch in _parts(self.images.images):
             yield batch.to(self.device)
 
     def _moment_batches(self) -> Iterator[Tensor]:
-        for batch in self.images.images[:_MOMENT_IMAGES].split(_BATCH):
+        for batch in _parts(self.images.images[:_MOMENT_IMAGES]):
             yield batch.to(self.device)
 
-    def _shuffled(self, epoch: int) -> Iterable[Tensor]:
+    def _shuffled(self, epoch: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        for index in torch.randperm(len(self.images), generator=generator).split(_BATCH):
-            if len(index) > 1:  # batch norm can't learn from one image
-                yield self.images.images[index].to(self.device)
+        for index in _parts(torch.randperm(len(self.images), generator=generator)):
+            yield self.images.images[index].to(self.device)
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -291,6 +309,11 @@ class _Job:
         yield
         self.steps[name] = time.perf_counter() - start
         log.info("%s: %.1f s", name, self.steps[name])
+
+
+def _parts(items: Tensor) -> tuple[Tensor, ...]:
+    """Batches of nearly equal size: a last one of a single image would break batch norm."""
+    return items.tensor_split(math.ceil(len(items) / _BATCH))
 
 
 def _in_words(quality: Quality) -> str:

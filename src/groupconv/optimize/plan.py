@@ -71,7 +71,7 @@ class Plan:
             layers = {name: _partition(name, layer) for name, layer in values["layers"].items()}
             head = (values["budget"], values["target"], int(values["seed"]))
             return cls(layers, values.get("reasons", {}), *head)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"plan: not a plan of groupconv: {error!r}") from error
 
 
@@ -119,10 +119,15 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         raise DataError(f"{path}: not a whole safetensors file: {error}") from error
     if text is None:
         raise DataError(f"{path}: holds weights, but was not written by groupconv")
-    changes = json.loads(text)
     try:
-        remove(model, changes["folded"])
-        apply_edits(model, {name: Edit.from_dict(edit) for name, edit in changes["layers"].items()})
+        changes = json.loads(text)
+        folded = [str(name) for name in changes["folded"]]
+        edits = {name: Edit.from_dict(edit) for name, edit in changes["layers"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: its list of converted layers is broken: {error!r}") from error
+    try:
+        remove(model, folded)
+        apply_edits(model, edits)
         load_model(model, str(path))
     except (AttributeError, RuntimeError) as error:
         raise DataError(f"{path}: weights of another network: {error}") from error

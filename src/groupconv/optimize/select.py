@@ -37,11 +37,12 @@ def select(
     cost = np.concatenate([np.asarray(costs[name]) for name in losses])
     owner = np.repeat(np.arange(len(losses)), [len(v) for v in losses.values()])
     one_each = (owner[None, :] == np.arange(len(losses))[:, None]).astype(float)
+    scale = bound or 1.0
     result = milp(
         loss,
         constraints=[
             # In shares of the bound: seconds and MACs differ by fifteen orders of magnitude.
-            LinearConstraint(cost[None, :] / bound, ub=1.0),
+            LinearConstraint(cost[None, :] / scale, ub=bound / scale),
             LinearConstraint(one_each, lb=1.0, ub=1.0),
         ],
         integrality=np.ones_like(loss),

@@ -35,10 +35,11 @@ class LatencyTable:
         try:
             stored = json.loads(path.read_text())
             times = {key: Timing(**values) for key, values in stored["times"].items()}
+            where = stored["machine"]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s is not a table of times (%s): measuring again", path, error)
             return
-        if stored["machine"] == self.machine:
+        if where == self.machine:
             self.times = times
             self.reused = set(times)
         else:
