@@ -1,5 +1,6 @@
 """Settings for the tests of layers."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    """Tests share functions, and torch stops after eight compilations of one."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
