@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import groupconv
 from groupconv.data import Images
 from groupconv.optimize.structure import Menu
+from groupconv.targets.timing import Timing
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,29 @@ def test_one_seed_and_one_table_give_one_plan() -> None:
     assert first.plan == second.plan
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_known_times_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = sys.modules["groupconv.targets.table"]
+    measured = []
+
+    def twice_as_fast(calls: dict[str, object], seconds: float) -> dict[str, Timing]:
+        measured.extend(calls)
+        values = {name: 2e-3 if name.endswith("after") else 4e-3 for name in calls}
+        return {name: Timing(value, value, value, 5) for name, value in values.items()}
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    model, x = residual(channels=32), images()
+    monkeypatch.setattr(table, "interleave", twice_as_fast)
+    first = groupconv.optimize(model, x, budget="1.2x", out=tmp_path)
+    assert len(measured) == 4
+    assert first.plan.layers
+    monkeypatch.setattr(table, "interleave", forbidden)
+    assert groupconv.optimize(model, x, budget="1.2x", out=tmp_path).plan == first.plan
 
 
 def test_saved_network_loads_in_a_new_process(tmp_path: Path) -> None:

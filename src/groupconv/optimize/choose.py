@@ -4,6 +4,7 @@ The times of layers do not quite add up to the time of the network, so the budge
 program is corrected until the network as a whole holds it.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from torch import nn
 from groupconv.errors import BudgetError
 from groupconv.optimize.budget import Budget
 from groupconv.optimize.convert import Converted, convert
+from groupconv.optimize.partition import Partition
 from groupconv.optimize.plan import Plan
 from groupconv.optimize.select import select
 from groupconv.optimize.structure import Candidate, Menu, settle
@@ -49,7 +51,7 @@ def choose(
     menus: Mapping[str, Menu],
     times: Mapping[str, list[float]],
     budget: Budget,
-    latency: Callable[[nn.Module], tuple[Timing, Timing]],
+    latency: Callable[[nn.Module, str], tuple[Timing, Timing]],
     *,
     target: str,
     seed: int,
@@ -61,7 +63,8 @@ def choose(
         model, mapped: the original network and its trace.
         menus, times: candidates of every layer, and their measured seconds.
         budget: bound on the whole network.
-        latency: times the original and another network in one interleaved run.
+        latency: times the original and another network, the latter under a name for its plan, in
+            one interleaved run.
         target, seed: for the plan, and for the partitions.
         macs: of the original network, for one image.
 
@@ -70,7 +73,7 @@ def choose(
     """
     allowed, refused = _not_slower(menus, times)
     whole = {
-        "latency": lambda: latency(model)[0].median,
+        "latency": lambda: latency(model, "unchanged")[0].median,
         "macs": lambda: float(macs),
         "params": lambda: float(sum(p.numel() for p in model.parameters())),
     }[budget.quantity]()
@@ -108,7 +111,7 @@ def choose(
         choice = Choice(chosen, taken, convert(model, mapped, partitions), plan)
         if budget.quantity != "latency" or not partitions:
             return choice
-        before, after = latency(choice.converted.model)
+        before, after = latency(choice.converted.model, _fingerprint(partitions))
         # A relative budget is held against the original in the same run.
         allowance = budget.bound(before.median)
         log.info(
@@ -126,6 +129,10 @@ def choose(
         f"budget={budget.text!r}: after {_SOLVES} corrections the network still takes "
         f"{1e3 * after.median:.3f} ms where {1e3 * allowance:.3f} ms are allowed"
     )
+
+
+def _fingerprint(partitions: Mapping[str, Partition]) -> str:
+    return hashlib.sha256(repr(partitions).encode()).hexdigest()[:16]
 
 
 def _cost(budget: Budget, candidate: Candidate, seconds: float) -> float:
