@@ -37,6 +37,8 @@ def optimize(
 ) -> None:
     """Turn a trained CNN into a network of grouped convolutions under a budget."""
     show_progress()
+    if weights is None and ".py:" not in model:
+        people.print(f"{model} has random weights: give its trained ones with --weights")
     result = groupconv.optimize(
         load_model(model, weights),
         _data(data),
