@@ -1,6 +1,6 @@
 """A choice of partitions applied to a model: an edited copy, its permutations absorbed.
 
-Each space of channels (see :mod:`groupconv.optimize.trace`) takes the order of the first planned
+Each space of channels (see :mod:`groupconv.optimize.spaces`) takes the order of the first planned
 layer that touches it; every weight and batch norm on the space is reordered once, at no cost when
 the network runs. Only a layer whose order the space doesn't have gets a
 :class:`~groupconv.nn.ChannelPermutation` of its own.

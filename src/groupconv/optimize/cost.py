@@ -225,7 +225,7 @@ class _MacCounter(TorchDispatchMode):
         try:
             # Not inference_mode: there composite operators arrive undecomposed.
             with torch.set_grad_enabled(backward), self:
-                outputs = [t for t in _tensors(self._model(*inputs)) if t.requires_grad]
+                outputs = [t for t in tensors_in(self._model(*inputs)) if t.requires_grad]
                 if backward:
                     torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
         finally:
@@ -239,7 +239,7 @@ class _MacCounter(TorchDispatchMode):
         _, start = self._running.pop()
         self._ranges.append((start, torch._C._autograd._get_sequence_nr(), name))
         self.calls[name] += 1
-        self.output_bytes[name] += sum(t.numel() * t.element_size() for t in _tensors(output))
+        self.output_bytes[name] += sum(t.numel() * t.element_size() for t in tensors_in(output))
 
     def _where(self) -> str:
         node = torch._C._current_autograd_node()
@@ -328,7 +328,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in a nest of tuples, lists and dicts."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 

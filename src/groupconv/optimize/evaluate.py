@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from groupconv.data import Images
 from groupconv.errors import DataError
+from groupconv.optimize.cost import tensors_in
 
 _BATCH = 128
 
@@ -61,7 +62,7 @@ def run(model: nn.Module, batch: Tensor) -> Tensor:
         raise DataError(
             f"the model does not accept images of shape {tuple(batch.shape)}: {error}"
         ) from error
-    leaves = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+    leaves = tensors_in(result)
     if not leaves:
         raise DataError(f"the model returns a {type(result).__name__} without a tensor")
     return leaves[0]

@@ -29,7 +29,7 @@ from groupconv.optimize.recover import distil, parse_recover, reestimate_batch_n
 from groupconv.optimize.refit import refit
 from groupconv.optimize.structure import Menu, freedom, menu
 from groupconv.optimize.summary import summarize, write_report
-from groupconv.optimize.trace import Trace, TracedConv, trace
+from groupconv.optimize.trace import Trace, TracedConv, evaluation_mode, trace
 from groupconv.targets import LatencyTable, Target, get_target
 from groupconv.targets.timing import Timing, interleave
 
@@ -116,7 +116,7 @@ def optimize(
         raise DataError(
             f"{images.source}: {len(images)} images are left to calibrate on; give more"
         )
-    with _evaluation(model), torch.random.fork_rng():
+    with evaluation_mode(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         job = _Job(model, images, runtime, limit, seed, batch_size, folder)
         return job.run(keep, held_out, recover, seconds)
@@ -155,10 +155,11 @@ class _Job:
             times = layer_times(menus, self.target, self.table, self.batch_size)
         if self.table.reused:
             log.info("reused %d measured times of %s", len(self.table.reused), self.table.path)
+        macs = self._macs(self.model)
         with self._step("select"):
             choice = choose(
                 self.model, mapped, menus, times, self.budget, self._known_latency,
-                target=self.target.name, seed=self.seed, macs=self._macs(self.model),
+                target=self.target.name, seed=self.seed, macs=macs,
             )  # fmt: skip
         net = choice.converted.model
         with self._step("refit"):
@@ -189,7 +190,7 @@ class _Job:
             fitted=fitted,
             quality=quality,
             latency=latency,
-            macs=(self._macs(self.model), self._macs(net)),
+            macs=(macs, self._macs(net)),
             steps=self.steps,
             reasons=choice.plan.reasons,
             settings={
@@ -349,14 +350,3 @@ def _check_weights(model: nn.Module) -> None:
     for name, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DataError(f"model: {name} holds NaN or Inf")
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,7 +6,8 @@ space that touches something not understood here, or the network's inputs or out
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,18 +92,26 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     Raises:
         GroupConvError: the model can't be exported by torch.export.
     """
-    training = {module: module.training for module in model.modules()}
+    with evaluation_mode(model):
+        try:
+            program = torch.export.export(model, inputs, strict=False)
+        except Exception as error:
+            raise GroupConvError(
+                f"{type(model).__name__} can't be traced by torch.export: {error}"
+            ) from error
+    return _Tracer(model, program).run()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards every module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        program = torch.export.export(model, inputs, strict=False)
-    except Exception as error:
-        raise GroupConvError(
-            f"{type(model).__name__} can't be traced by torch.export: {error}"
-        ) from error
+        yield
     finally:
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode
-    return _Tracer(model, program).run()
 
 
 class _Tracer:
