@@ -10,6 +10,8 @@ from groupconv.errors import ArgumentError
 
 Ints = int | Sequence[int]
 
+ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "leaky_relu", "sigmoid")
+
 
 def legal_groups(in_channels: int, out_channels: int) -> list[int]:
     """Every number of groups that divides both channel counts, ascending."""
@@ -166,6 +168,48 @@ class ConvSpec:
         """
         positions = self.input_size if self.transposed else self.output_size
         return self.batch * math.prod(self.weight_shape) * math.prod(positions)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """What one generated kernel computes: ``activation(conv(x) + bias + residual)``.
+
+    Args:
+        conv: a 2-d convolution of one image, not transposed; a kernel takes any batch.
+        channels_last_input, channels_last_output: NHWC in memory, else NCHW.
+        bias, residual: whether there is one; a residual is laid out as the output.
+        activation: one of :data:`ACTIVATIONS`, or None.
+        slope: of leaky_relu for negative values.
+        ordered: whether the channels of the input are first put into an order given at run time.
+        step: distance between neighbouring outputs, rows and columns, in the tensor that they
+            are written to; above one where several kernels fill one tensor.
+        written_size: spatial size of that tensor; the size of the output by default.
+    """
+
+    conv: ConvSpec
+    channels_last_input: bool = True
+    channels_last_output: bool = True
+    bias: bool = False
+    residual: bool = False
+    activation: str | None = None
+    slope: float = 0.01
+    ordered: bool = False
+    step: tuple[int, int] = (1, 1)
+    written_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.conv.input_size) != 2 or self.conv.transposed or self.conv.batch != 1:
+            raise ArgumentError(f"KernelSpec: conv={self.conv} must be 2-d, plain, of one image")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ArgumentError(
+                f"KernelSpec: activation={self.activation!r} must be None or one of "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+
+    @property
+    def output_tensor_size(self) -> tuple[int, ...]:
+        """Spatial size of the tensor that is written."""
+        return self.written_size or self.conv.output_size
 
 
 def _check_axes(where: str, name: str, value: Any, count: int, minimum: int | None) -> None:

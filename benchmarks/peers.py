@@ -1,0 +1,97 @@
+"""The engines of the comparison: PyTorch, the runtimes that serve convolutions, and ours."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.engine import Prepare, Ready, padded, symmetric, unsupported
+from benchmarks.litert_peer import litert
+from benchmarks.onnx_peers import onnx_runtime, openvino
+from groupconv.kernels.spec import ConvSpec
+from groupconv.nn.functional import group_conv1d, group_conv2d
+
+# Seconds for which the threads of libgomp wait actively by default, and some.
+_SPIN = 0.015
+
+
+def eager(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
+) -> Ready | str:
+    """``torch.nn.functional.conv*d`` on contiguous tensors."""
+    return _torch((F.conv1d, F.conv2d), spec, weight, bias, input, threads, last=False)
+
+
+def eager_channels_last(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
+) -> Ready | str:
+    """``torch.nn.functional.conv2d`` on channels_last tensors."""
+    if len(spec.input_size) != 2:
+        return "torch has channels_last for 2-d convolutions only"
+    return _torch((F.conv1d, F.conv2d), spec, weight, bias, input, threads, last=True)
+
+
+def groupconv(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
+) -> Ready | str:
+    """Ours, on an input whose channels lie next to each other."""
+    return _torch((group_conv1d, group_conv2d), spec, weight, bias, input, threads, last=True)
+
+
+def groupconv_contiguous(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
+) -> Ready | str:
+    """Ours, on a contiguous input."""
+    return _torch((group_conv1d, group_conv2d), spec, weight, bias, input, threads, last=False)
+
+
+OURS = "groupconv"
+ENGINES: dict[str, Prepare] = {
+    OURS: groupconv,
+    "groupconv NCHW": groupconv_contiguous,
+    "eager NCHW": eager,
+    "eager channels_last": eager_channels_last,
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
+    "LiteRT": litert,
+}
+PEERS = [name for name in ENGINES if not name.startswith(OURS)]
+LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "ai-edge-litert", "tensorflow-cpu")
+
+
+def _torch(
+    functions: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+    spec: ConvSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    input: Tensor,
+    threads: int,
+    *,
+    last: bool,
+) -> Ready | str:
+    reason = unsupported(spec)
+    if reason:
+        return reason
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    if not symmetric(spec):
+        spec, input = padded(spec, input)
+    dims = len(spec.input_size)
+    if last:
+        input, weight = _channels_last(input), _channels_last(weight)
+    function = functions[dims - 1]
+    pads = tuple(before for before, _ in spec.padding)
+    arguments = (input, weight, bias, spec.stride, pads, spec.dilation, spec.groups)
+    layout = ("NLC" if dims == 1 else "NHWC") if last else ("NCL" if dims == 1 else "NCHW")
+    return Ready(
+        run=lambda: function(*arguments),
+        output=lambda: function(*arguments).contiguous(),
+        layout=layout,
+        spin=_SPIN if threads > 1 else 0.0,
+    )
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The same values with the channels innermost in memory."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)

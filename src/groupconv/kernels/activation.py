@@ -1,0 +1,64 @@
+"""Activations as vector code, applied before a result is stored."""
+
+import math
+
+from groupconv.kernels.emit import Emitter
+
+# exp(r) for |r| <= log(2) / 2, by powers of r: 1/n!, which is within 1 ulp at degree 7.
+_EXP = [1 / math.factorial(n) for n in range(8)]
+# log(2) in two parts, so that n * log(2) is subtracted without rounding.
+_LOG2_HIGH, _LOG2_LOW = 0.693359375, -2.12194440e-4
+# Adding it leaves the nearest integer in the low bits of the sum.
+_ROUND = 1.5 * 2**23
+# exp(x) is finite and normal between these.
+_EXP_LOW, _EXP_HIGH = -87.33, 88.37
+
+
+def activate(e: Emitter, name: str | None, slope: float, x: str) -> str:
+    """The activation ``name`` of a vector; NaN stays NaN."""
+    zero = e.constant(0.0)
+    match name:
+        case None:
+            return x
+        case "relu":
+            return _at_least(e, x, 0.0)
+        case "relu6":
+            return _at_most(e, _at_least(e, x, 0.0), 6.0)
+        case "leaky_relu":
+            scaled = e.arithmetic("fmul", x, e.constant(slope))
+            return e.select(e.less(x, zero), scaled, x)
+        case "hardswish":
+            shifted = e.arithmetic("fadd", x, e.constant(3.0))
+            gate = _at_most(e, _at_least(e, shifted, 0.0), 6.0)
+            product = e.arithmetic("fmul", x, gate)
+            return e.arithmetic("fmul", product, e.constant(1 / 6))
+        case "sigmoid":
+            return e.arithmetic("fdiv", e.constant(1.0), _one_plus_exp_of_minus(e, x))
+        case "silu":
+            return e.arithmetic("fdiv", x, _one_plus_exp_of_minus(e, x))
+    raise AssertionError(f"unknown activation {name}")
+
+
+def _at_least(e: Emitter, x: str, bound: float) -> str:
+    return e.select(e.less(x, e.constant(bound)), e.constant(bound), x)
+
+
+def _at_most(e: Emitter, x: str, bound: float) -> str:
+    return e.select(e.less(e.constant(bound), x), e.constant(bound), x)
+
+
+def _one_plus_exp_of_minus(e: Emitter, x: str) -> str:
+    return e.arithmetic("fadd", e.constant(1.0), _exp(e, e.negate(x)))
+
+
+def _exp(e: Emitter, x: str) -> str:
+    """e**x = 2**n * e**r, with n the integer nearest to x / log(2)."""
+    x = _at_most(e, _at_least(e, x, _EXP_LOW), _EXP_HIGH)
+    shifted = e.multiply_add(x, e.constant(1 / math.log(2)), e.constant(_ROUND))
+    n = e.arithmetic("fsub", shifted, e.constant(_ROUND))
+    r = e.multiply_add(n, e.constant(-_LOG2_HIGH), x)
+    r = e.multiply_add(n, e.constant(-_LOG2_LOW), r)
+    result = e.constant(_EXP[-1])
+    for coefficient in reversed(_EXP[:-1]):
+        result = e.multiply_add(result, r, e.constant(coefficient))
+    return e.add_to_exponent(result, shifted)

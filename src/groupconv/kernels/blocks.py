@@ -1,0 +1,173 @@
+"""Blocks: which output channels are computed together, and which input channel each lane sees.
+
+Output channels lie in the lanes of vectors. Where a group is at least a vector wide, all lanes of
+a vector see the same input channel, one value for all. Where it is narrower, a vector holds
+several groups and each lane sees the channel of its own group.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.spec import ConvSpec
+
+# A vector that holds parts of two groups needs a value more per input channel; taken where at
+# least this share of the lanes would otherwise stay empty.
+_EMPTY_LANES = 0.2
+# Values that are rather loaded one by one than picked from two vectors.
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Consecutive output channels in one register.
+
+    Args:
+        offset: the first output channel, counted from the block's first.
+        sources: for each lane in use the first input channel of its group, counted from the
+            block's first input channel.
+        scalar: whether the lanes see few values, loaded one by one, rather than parts of a vector.
+    """
+
+    offset: int
+    sources: tuple[int, ...]
+    scalar: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of the same form: ``outer`` times ``inner`` of them, at even distances.
+
+    Args:
+        vectors: the output channels of one block.
+        inputs: consecutive input channels that one block sees.
+        width: input channels of a group.
+        first_output, first_input: channels where the first block starts.
+        outer, outer_output, outer_input: how many, and the distance between them.
+        inner, inner_output: the same for blocks that share their input channels.
+    """
+
+    vectors: tuple[Vector, ...]
+    inputs: int
+    width: int
+    first_output: int
+    first_input: int
+    outer: int
+    outer_output: int
+    outer_input: int
+    inner: int = 1
+    inner_output: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.outer * self.inner
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of one block."""
+        last = self.vectors[-1]
+        return last.offset + len(last.sources)
+
+    @property
+    def scalar(self) -> bool:
+        return all(vector.scalar for vector in self.vectors)
+
+    def channels(self, wanted: int) -> int:
+        """Input channels in a chunk: ``wanted``, or all where vectors hold channels side by side."""
+        return wanted if self.scalar else self.width
+
+    def start(self, e: Emitter, index: Value) -> tuple[Value, Value]:
+        """Code for the first output and the first input channel of one block."""
+        outer, inner = e.div(index, self.inner), e.rem(index, self.inner)
+        output = e.add(e.mul(outer, self.outer_output), e.mul(inner, self.inner_output))
+        return (
+            e.add(self.first_output, output),
+            e.add(self.first_input, e.mul(outer, self.outer_input)),
+        )
+
+    def starts(self) -> Iterator[tuple[int, int]]:
+        """First output and first input channel of every block, in the order of its index."""
+        for outer in range(self.outer):
+            for inner in range(self.inner):
+                yield (
+                    self.first_output + outer * self.outer_output + inner * self.inner_output,
+                    self.first_input + outer * self.outer_input,
+                )
+
+
+def blocks(spec: ConvSpec, lanes: int, vectors: int) -> list[Block]:
+    """Cut the output channels of ``spec`` into blocks of about ``vectors`` vectors."""
+    wide_in, wide_out = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+    run, aligned = _groups_in_a_run(wide_out, lanes)
+    if run == 1 and wide_out > lanes:
+        return _parts_of_a_group(spec, wide_in, wide_out, lanes, vectors)
+    per_run = -(-run * wide_out // lanes)
+    run = min(spec.groups, run * max(1, vectors // per_run))
+    found, done = [], 0
+    while done < spec.groups:
+        run = min(run, spec.groups - done)
+        count = (spec.groups - done) // run
+        found.append(
+            Block(
+                _vectors(run, wide_in, wide_out, lanes, aligned),
+                run * wide_in,
+                wide_in,
+                done * wide_out,
+                done * wide_in,
+                count,
+                run * wide_out,
+                run * wide_in,
+            )
+        )
+        done += count * run
+    return found
+
+
+def _groups_in_a_run(wide_out: int, lanes: int) -> tuple[int, int]:
+    """Groups whose outputs fill vectors well, and outputs in a vector (fewer than the lanes where
+    vectors end with a group)."""
+    whole = max(1, lanes // wide_out)
+    aligned = min(lanes, whole * wide_out)
+
+    def empty(run: int) -> float:
+        used = run * wide_out
+        return 1 - used / (-(-used // lanes) * lanes)
+
+    plain = empty(whole)
+    if plain <= _EMPTY_LANES:
+        return whole, aligned
+    # At most four vectors: each holds a tile of accumulators.
+    runs = [r for r in range(whole + 1, 4 * lanes // wide_out + 1)]
+    best = min(runs, key=lambda r: (round(empty(r), 2), r), default=whole)
+    return (best, lanes) if plain - empty(best) > _EMPTY_LANES / 2 else (whole, aligned)
+
+
+def _parts_of_a_group(
+    spec: ConvSpec, wide_in: int, wide_out: int, lanes: int, vectors: int
+) -> list[Block]:
+    """Blocks of a group wider than a vector: full ones, then one with what is left."""
+    size = min(vectors, -(-wide_out // lanes)) * lanes
+    full, left = divmod(wide_out, size)
+    found = []
+    for first, count, outputs in ((0, full, size), (full * size, 1, left)):
+        if count and outputs:
+            cut = tuple(
+                Vector(at, (0,) * min(lanes, outputs - at), True) for at in range(0, outputs, lanes)
+            )
+            found.append(
+                Block(cut, wide_in, wide_in, first, 0, spec.groups, wide_out, wide_in, count, size)
+            )
+    return found
+
+
+def _vectors(
+    run: int, wide_in: int, wide_out: int, lanes: int, aligned: int
+) -> tuple[Vector, ...]:
+    """The vectors of ``run`` whole groups, ``aligned`` outputs in each."""
+    outputs, found = run * wide_out, []
+    for at in range(0, outputs, aligned):
+        groups = [o // wide_out for o in range(at, min(outputs, at + aligned))]
+        count = groups[-1] - groups[0] + 1
+        scalar = count == 1 or (count <= _FEW and count * wide_in > lanes)
+        found.append(Vector(at, tuple(g * wide_in for g in groups), scalar))
+    return tuple(found)

@@ -1,0 +1,364 @@
+"""A small vocabulary over LLVM IR: constants that fold, loops, vectors, parts of vectors.
+
+A value is a Python int while it is known and the name of an SSA value once it is not, so that
+arithmetic on known sizes leaves no instructions behind.
+"""
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+from groupconv.kernels.machine import Machine
+
+Value = int | str
+
+
+class Emitter:
+    """Writes the instructions of one function, block by block."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.lanes = machine.lanes
+        self.vector = f"<{machine.lanes} x float>"
+        self.declarations: set[str] = set()
+        self._lines: list[str] = []
+        self._count = 0
+        self._block = "entry"
+
+    def text(self) -> str:
+        """The body of the function."""
+        return "\n".join(["entry:", *self._lines])
+
+    def do(self, instruction: str) -> None:
+        """An instruction without a result."""
+        self._lines.append(f"  {instruction}")
+
+    def let(self, instruction: str) -> str:
+        """An instruction with a result; returns its name."""
+        name = f"%v{self._count}"
+        self._count += 1
+        self._lines.append(f"  {name} = {instruction}")
+        return name
+
+    def call(self, type: str, function: str, parameters: str, arguments: str) -> str:
+        """The result of a function, declared once for the module."""
+        self.declarations.add(f"declare {type} @{function}({parameters})")
+        return self.let(f"call {type} @{function}({arguments})")
+
+    # Integers (64 bits, signed).
+
+    def add(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a + b
+        if a == 0:
+            return b
+        return a if b == 0 else self.let(f"add i64 {a}, {b}")
+
+    def sub(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a - b
+        return a if b == 0 else self.let(f"sub i64 {a}, {b}")
+
+    def mul(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a * b
+        if a == 0 or b == 0:
+            return 0
+        if a == 1:
+            return b
+        return a if b == 1 else self.let(f"mul i64 {a}, {b}")
+
+    def div(self, a: Value, b: Value) -> Value:
+        """Quotient of two numbers that are not negative."""
+        if isinstance(a, int) and isinstance(b, int):
+            return a // b
+        return a if b == 1 else self.let(f"udiv i64 {a}, {b}")
+
+    def rem(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return a % b
+        return 0 if b == 1 else self.let(f"urem i64 {a}, {b}")
+
+    def min(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return min(a, b)
+        return self.call("i64", "llvm.smin.i64", "i64, i64", f"i64 {a}, i64 {b}")
+
+    def max(self, a: Value, b: Value) -> Value:
+        if isinstance(a, int) and isinstance(b, int):
+            return max(a, b)
+        return self.call("i64", "llvm.smax.i64", "i64, i64", f"i64 {a}, i64 {b}")
+
+    # Control.
+
+    def _label(self, hint: str) -> str:
+        self._count += 1
+        return f"{hint}{self._count}"
+
+    def _enter(self, label: str) -> None:
+        self._lines.append(f"{label}:")
+        self._block = label
+
+    @contextlib.contextmanager
+    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+        """Run the body for each index; no loop is left where there is at most one."""
+        if isinstance(start, int) and isinstance(stop, int) and start < stop <= start + step:
+            yield start
+            return
+        head, body, done = (self._label(hint) for hint in ("head", "body", "done"))
+        index, following = f"%{head}.index", f"%{head}.next"
+        before = self._block
+        self.do(f"br label %{head}")
+        self._enter(head)
+        phi = len(self._lines)
+        self.do("")
+        self.do(f"%{head}.more = icmp slt i64 {index}, {stop}")
+        self.do(f"br i1 %{head}.more, label %{body}, label %{done}")
+        self._enter(body)
+        yield index
+        self.do(f"{following} = add i64 {index}, {step}")
+        self._lines[phi] = (
+            f"  {index} = phi i64 [ {start}, %{before} ], [ {following}, %{self._block} ]"
+        )
+        self.do(f"br label %{head}")
+        self._enter(done)
+
+    def fold(
+        self,
+        start: Value,
+        stop: Value,
+        step: int,
+        vectors: Sequence[str],
+        body: Callable[[Value, list[str]], list[str]],
+    ) -> list[str]:
+        """``vectors = body(index, vectors)`` for each index, the vectors kept in registers."""
+        if isinstance(start, int) and isinstance(stop, int) and start < stop <= start + step:
+            return body(start, list(vectors))
+        head, inside, done = (self._label(hint) for hint in ("head", "body", "done"))
+        index, following = f"%{head}.index", f"%{head}.next"
+        before = self._block
+        self.do(f"br label %{head}")
+        self._enter(head)
+        phi = len(self._lines)
+        self.do("")
+        carried = [f"%{head}.{i}" for i in range(len(vectors))]
+        self.do(f"%{head}.more = icmp slt i64 {index}, {stop}")
+        self.do(f"br i1 %{head}.more, label %{inside}, label %{done}")
+        self._enter(inside)
+        results = body(index, list(carried))
+        self.do(f"{following} = add i64 {index}, {step}")
+        self._lines[phi] = "\n".join(
+            f"  {name} = phi {type} [ {first}, %{before} ], [ {next}, %{self._block} ]"
+            for name, type, first, next in (
+                (index, "i64", start, following),
+                *zip(carried, [self.vector] * len(vectors), vectors, results, strict=True),
+            )
+        )
+        self.do(f"br label %{head}")
+        self._enter(done)
+        return carried
+
+    @contextlib.contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        """Run the body only where ``condition`` (an i1) holds."""
+        inside, done = self._label("then"), self._label("done")
+        self.do(f"br i1 {condition}, label %{inside}, label %{done}")
+        self._enter(inside)
+        yield
+        self.do(f"br label %{done}")
+        self._enter(done)
+
+    def unreachable(self, hint: str) -> None:
+        """Start a block that nothing enters, after an instruction that leaves the function."""
+        self._enter(self._label(hint))
+
+    def choose(
+        self, condition: str, yes: Callable[[], list[str]], no: Callable[[], list[str]]
+    ) -> list[str]:
+        """The vectors of ``yes()`` where ``condition`` (an i1) holds, else those of ``no()``."""
+        first, second, done = (self._label(hint) for hint in ("yes", "no", "done"))
+        self.do(f"br i1 {condition}, label %{first}, label %{second}")
+        self._enter(first)
+        a, from_a = yes(), self._block
+        self.do(f"br label %{done}")
+        self._enter(second)
+        b, from_b = no(), self._block
+        self.do(f"br label %{done}")
+        self._enter(done)
+        return [
+            self.let(f"phi {self.vector} [ {x}, %{from_a} ], [ {y}, %{from_b} ]")
+            for x, y in zip(a, b, strict=True)
+        ]
+
+    # Memory: pointers to float32, offsets in elements.
+
+    def offset(self, pointer: str, elements: Value) -> str:
+        if elements == 0:
+            return pointer
+        return self.let(f"getelementptr float, ptr {pointer}, i64 {elements}")
+
+    def opaque(self, pointer: str) -> str:
+        """The same pointer, from where LLVM can't see it.
+
+        Otherwise LLVM moves the loads of one channel among those of another, needs more registers
+        than there are, and spills: half the speed.
+        """
+        return self.let(f'call ptr asm sideeffect "", "=r,0"(ptr {pointer})')
+
+    def load(self, pointer: str, offset: Value = 0, count: int | None = None) -> str:
+        """A vector of ``count`` values (all lanes by default); other lanes are undefined."""
+        pointer = self.offset(pointer, offset)
+        count = self.lanes if count is None else count
+        if count == self.lanes:
+            return self.let(f"load {self.vector}, ptr {pointer}, align 4")
+        if self.machine.masked:
+            suffix = f"v{self.lanes}f32.p0"
+            return self.call(
+                self.vector, f"llvm.masked.load.{suffix}", f"ptr, i32, {self._bits}, {self.vector}",
+                f"ptr {pointer}, i32 4, {self._mask(count)}, {self.vector} poison",
+            )  # fmt: skip
+        result = "poison"
+        for start, size in _pieces(count):
+            part = self.let(
+                f"load <{size} x float>, ptr {self.offset(pointer, start)}, align 4"
+            )
+            spread = [l - start if 0 <= l - start < size else None for l in range(self.lanes)]
+            wide = self._shuffle(f"<{size} x float>", part, "poison", spread)
+            if result == "poison":
+                result = wide
+            else:
+                lanes = [
+                    self.lanes + l if start <= l < start + size else l for l in range(self.lanes)
+                ]
+                result = self._shuffle(self.vector, result, wide, lanes)
+        return result
+
+    def store(self, vector: str, pointer: str, offset: Value = 0, count: int | None = None) -> None:
+        """Store the first ``count`` lanes (all by default); nothing else is touched."""
+        pointer = self.offset(pointer, offset)
+        count = self.lanes if count is None else count
+        if count == self.lanes:
+            self.do(f"store {self.vector} {vector}, ptr {pointer}, align 4")
+        elif self.machine.masked:
+            function = f"llvm.masked.store.v{self.lanes}f32.p0"
+            self.declarations.add(
+                f"declare void @{function}({self.vector}, ptr, i32, {self._bits})"
+            )
+            self.do(
+                f"call void @{function}({self.vector} {vector}, ptr {pointer}, i32 4, "
+                f"{self._mask(count)})"
+            )
+        else:
+            for start, size in _pieces(count):
+                part = self._shuffle(
+                    self.vector, vector, "poison", list(range(start, start + size))
+                )
+                self.do(
+                    f"store <{size} x float> {part}, ptr {self.offset(pointer, start)}, align 4"
+                )
+
+    def copy(self, source: str, target: str) -> None:
+        """One value from memory to memory."""
+        value = self.let(f"load float, ptr {source}, align 4")
+        self.do(f"store float {value}, ptr {target}, align 4")
+
+    def load_index(self, pointer: str, index: Value) -> str:
+        """Element ``index`` of an array of 64-bit integers."""
+        place = self.let(f"getelementptr i64, ptr {pointer}, i64 {index}")
+        return self.let(f"load i64, ptr {place}, align 8")
+
+    def broadcast(self, pointer: str, offset: Value = 0) -> str:
+        """One value from memory in every lane."""
+        value = self.let(f"load float, ptr {self.offset(pointer, offset)}, align 4")
+        single = self.let(f"insertelement {self.vector} poison, float {value}, i64 0")
+        return self._shuffle(self.vector, single, "poison", [0] * self.lanes)
+
+    # Vectors of float32.
+
+    def constant(self, value: float) -> str:
+        """``value`` in every lane, rounded to float32."""
+        return f"splat (float {_hex(value)})"
+
+    def shuffle(self, a: str, b: str, lanes: Sequence[int | None]) -> str:
+        """Lane i holds lane ``lanes[i]`` of ``a`` followed by ``b``; None leaves it undefined."""
+        return self._shuffle(self.vector, a, b, lanes)
+
+    def multiply_add(self, a: str, b: str, c: str) -> str:
+        """``a * b + c``, rounded once where the machine can."""
+        v = self.vector
+        return self.call(
+            v, f"llvm.fmuladd.v{self.lanes}f32", f"{v}, {v}, {v}", f"{v} {a}, {v} {b}, {v} {c}"
+        )
+
+    def arithmetic(self, operation: str, a: str, b: str) -> str:
+        """``fadd``, ``fsub``, ``fmul`` or ``fdiv``."""
+        return self.let(f"{operation} {self.vector} {a}, {b}")
+
+    def select(self, condition: str, a: str, b: str) -> str:
+        return self.let(
+            f"select {self._bits} {condition}, {self.vector} {a}, {self.vector} {b}"
+        )
+
+    def less(self, a: str, b: str) -> str:
+        """Lane by lane, false for NaN."""
+        return self.let(f"fcmp olt {self.vector} {a}, {b}")
+
+    def negate(self, a: str) -> str:
+        return self.let(f"fneg {self.vector} {a}")
+
+    def add_to_exponent(self, a: str, low_bits: str) -> str:
+        """``a * 2**n``, where n is the integer in the low bits of each lane of ``low_bits``."""
+        integers = f"<{self.lanes} x i32>"
+        n = self.let(f"bitcast {self.vector} {low_bits} to {integers}")
+        shifted = self.let(f"shl {integers} {n}, splat (i32 23)")
+        bits = self.let(f"bitcast {self.vector} {a} to {integers}")
+        scaled = self.let(f"add {integers} {bits}, {shifted}")
+        return self.let(f"bitcast {integers} {scaled} to {self.vector}")
+
+    def transpose(self, rows: Sequence[str]) -> list[str]:
+        """The columns of ``lanes`` vectors, as vectors."""
+        lanes, rows = self.lanes, list(rows)
+        half = lanes // 2
+        while half:
+            # Swap the off-diagonal squares of side ``half`` in every square of twice that side.
+            low = [l if not l & half else l - half + lanes for l in range(lanes)]
+            high = [l + half if not l & half else l + lanes for l in range(lanes)]
+            swapped = list(rows)
+            for i in range(lanes):
+                if not i & half:
+                    a, b = rows[i], rows[i + half]
+                    swapped[i] = self.shuffle(a, b, low)
+                    swapped[i + half] = self.shuffle(a, b, high)
+            rows = swapped
+            half //= 2
+        return rows
+
+    @property
+    def _bits(self) -> str:
+        return f"<{self.lanes} x i1>"
+
+    def _mask(self, count: int) -> str:
+        bits = ", ".join(f"i1 {int(lane < count)}" for lane in range(self.lanes))
+        return f"{self._bits} <{bits}>"
+
+    def _shuffle(self, type: str, a: str, b: str, lanes: Sequence[int | None]) -> str:
+        mask = ", ".join("i32 poison" if l is None else f"i32 {l}" for l in lanes)
+        return self.let(
+            f"shufflevector {type} {a}, {type} {b}, <{len(lanes)} x i32> <{mask}>"
+        )
+
+
+def _pieces(count: int) -> list[tuple[int, int]]:
+    """``count`` as (start, size) with powers of two, largest first."""
+    pieces, start = [], 0
+    while start < count:
+        size = 1 << ((count - start).bit_length() - 1)
+        pieces.append((start, size))
+        start += size
+    return pieces
+
+
+def _hex(value: float) -> str:
+    """A float32 as LLVM writes it: the bits of the double of the same value."""
+    single = struct.unpack("f", struct.pack("f", value))[0]
+    return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"

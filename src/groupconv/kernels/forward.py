@@ -1,0 +1,331 @@
+"""The convolution itself as LLVM IR: a function that computes some rows of one block.
+
+Inside, pixels are rows of channels (NHWC). A tile of output pixels keeps its sums in registers
+while the taps of one kernel row and one input channel pass over it: every loaded input meets all
+the taps that need it. Taps that fall outside the image are left out: by the bounds of a loop over
+rows, and by the code of the tiles at both ends of a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from groupconv.kernels.activation import activate
+from groupconv.kernels.blocks import Block, Vector
+from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.machine import Machine
+from groupconv.kernels.spec import ConvSpec, KernelSpec
+
+# Instructions that the loop over input channels should hold at least, so that its own cost is small.
+_LOOP_BODY = 48
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut; every tile gives the same numbers.
+
+    Args:
+        pixels: output pixels whose sums are kept in registers.
+        vectors: vectors of output channels beside them.
+        rows: output rows that pass before the next block of channels is taken.
+        channels: input channels that pass before the next rows are taken.
+    """
+
+    pixels: int
+    vectors: int
+    rows: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Neighbouring tiles of a row that run the same code.
+
+    Args:
+        start: the first output pixel.
+        size: output pixels in a tile.
+        count: how many tiles.
+        left, right: columns of the input that each tile lacks on either side.
+    """
+
+    start: int
+    size: int
+    count: int
+    left: int
+    right: int
+
+
+def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
+    """Cut a row of outputs into tiles of about equal size, at most ``pixels``."""
+    width, size_in, k = conv.output_size[1], conv.input_size[1], conv.kernel_size[1]
+    stride, dilation, (before, _) = conv.stride[1], conv.dilation[1], conv.padding[1]
+    base = -(-width // -(-width // pixels))
+    found: list[Strip] = []
+    for start in range(0, width, base):
+        size = min(base, width - start)
+        left = max(0, before - start * stride)
+        last = (start + size - 1) * stride - before + (k - 1) * dilation
+        right = max(0, last - size_in + 1)
+        previous = found[-1] if found else None
+        if previous and (previous.size, previous.left, previous.right) == (size, left, right):
+            found[-1] = Strip(previous.start, size, previous.count + 1, left, right)
+        else:
+            found.append(Strip(start, size, 1, left, right))
+    return found
+
+
+class BlockFunction:
+    """Writes ``name(x, w, bias, residual, y, index, first, last)``: rows ``first`` to ``last`` of
+    the block ``index`` among those of its form.
+
+    ``x`` and ``y`` point at row 0, column 0: at channel 0 of the tensors, or at the block's first
+    channel where they are staged in buffers.
+    """
+
+    def __init__(
+        self, spec: KernelSpec, block: Block, machine: Machine, tile: Tile, name: str
+    ) -> None:
+        self.spec, self.conv, self.block, self.tile, self.name = spec, spec.conv, block, tile, name
+        self.e = Emitter(machine)
+        conv = spec.conv
+        self.staged_input = spec.ordered or not spec.channels_last_input
+        self.staged_output = not spec.channels_last_output
+        # Distances in elements between neighbouring pixels and rows.
+        self.input_pixel = block.inputs if self.staged_input else conv.in_channels
+        self.input_row = self.input_pixel * conv.input_size[1]
+        if self.staged_output:
+            self.output_pixel = block.outputs
+            self.output_row = block.outputs * conv.output_size[1]
+        else:
+            self.output_pixel = conv.out_channels * spec.step[1]
+            self.output_row = conv.out_channels * spec.output_tensor_size[1] * spec.step[0]
+        self.channels = block.channels(tile.channels)
+        self.weights = (
+            conv.kernel_size[0] * block.width * conv.kernel_size[1]
+            * len(block.vectors) * machine.lanes
+        )  # fmt: skip
+
+    def write(self) -> str:
+        e, block = self.e, self.block
+        first_output, first_input = block.start(e, "%index")
+        x = "%x" if self.staged_input else e.offset("%x", first_input)
+        y = "%y" if self.staged_output else e.offset("%y", first_output)
+        residual = e.offset("%residual", first_output)
+        w = e.offset("%w", e.mul("%index", self.weights))
+        starts = ["zeroinitializer"] * len(block.vectors)
+        if self.spec.bias:
+            bias = e.offset("%bias", first_output)
+            starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
+        with e.loop(0, block.width, self.channels) as channel, e.loop(
+            "%first", "%last"
+        ) as row:
+            low, high = self._kernel_rows(row)
+            for strip in strips(self.conv, self.tile.pixels):
+                with e.loop(0, strip.count) as number:
+                    column = e.add(strip.start, e.mul(number, strip.size))
+                    self._tile(strip, x, w, residual, y, row, column, low, high, channel, starts)
+        e.do("ret void")
+        return (
+            f"define internal void @{self.name}(ptr noalias %x, ptr noalias %w, ptr noalias %bias, "
+            f"ptr %residual, ptr %y, i64 %index, i64 %first, i64 %last) #0 {{\n{e.text()}\n}}\n"
+        )
+
+    def call(self, e: Emitter, w: str, x: str, residual: str, y: str, *rest: Value) -> None:
+        index, first, last = rest
+        e.do(
+            f"call void @{self.name}(ptr {x}, ptr {w}, ptr %bias, ptr {residual}, ptr {y}, "
+            f"i64 {index}, i64 {first}, i64 {last})"
+        )
+
+    def _kernel_rows(self, row: Value) -> tuple[Value, Value]:
+        """The rows of the kernel that fall inside the image for an output row."""
+        e, conv = self.e, self.conv
+        (before, after), k, d = conv.padding[0], conv.kernel_size[0], conv.dilation[0]
+        if before == after == 0:
+            return 0, k
+        top = e.sub(before, e.mul(row, conv.stride[0]))
+        low = e.div(e.add(e.max(top, 0), d - 1), d)
+        high = e.div(e.max(e.add(top, conv.input_size[0] - 1 + d), 0), d)
+        return low, e.min(high, k)
+
+    def _tile(
+        self,
+        strip: Strip,
+        x: str,
+        w: str,
+        residual: str,
+        y: str,
+        row: Value,
+        column: Value,
+        low: Value,
+        high: Value,
+        channel: Value,
+        starts: Sequence[str],
+    ) -> None:
+        e, conv, vectors = self.e, self.conv, self.block.vectors
+        at = e.add(e.mul(row, self.output_row), e.mul(column, self.output_pixel))
+        target = e.offset(y, at)
+        places = [
+            (pixel * self.output_pixel + vector.offset, len(vector.sources))
+            for pixel in range(strip.size)
+            for vector in vectors
+        ]
+        sums = list(starts) * strip.size
+        if self.channels < self.block.width:
+            sums = e.choose(
+                e.let(f"icmp eq i64 {channel}, 0"),
+                lambda: list(starts) * strip.size,
+                lambda: [e.load(target, *place) for place in places],
+            )
+        left = e.sub(e.mul(column, conv.stride[1]), conv.padding[1][0])
+
+        def kernel_row(ky: Value, sums: list[str]) -> list[str]:
+            line = e.add(
+                e.mul(row, conv.stride[0]),
+                e.sub(e.mul(ky, conv.dilation[0]), conv.padding[0][0]),
+            )
+            source = e.add(e.mul(line, self.input_row), e.mul(left, self.input_pixel))
+            return self._channels(strip, e.offset(x, source), w, ky, channel, sums)
+
+        sums = e.fold(low, high, 1, sums, kernel_row)
+        if not self.staged_output and (self.spec.residual or self.spec.activation):
+            added = e.offset(residual, at)
+            if self.channels < self.block.width:
+                sums = e.choose(
+                    e.let(f"icmp sge i64 {e.add(channel, self.channels)}, {self.block.width}"),
+                    lambda: self._finish(sums, added, places),
+                    lambda: sums,
+                )
+            else:
+                sums = self._finish(sums, added, places)
+        for value, place in zip(sums, places, strict=True):
+            e.store(value, target, *place)
+
+    def _finish(self, sums: list[str], residual: str, places: list[tuple[int, int]]) -> list[str]:
+        e, spec = self.e, self.spec
+        if spec.residual:
+            sums = [
+                e.arithmetic("fadd", value, e.load(residual, *place))
+                for value, place in zip(sums, places, strict=True)
+            ]
+        return [activate(e, spec.activation, spec.slope, value) for value in sums]
+
+    def _channels(
+        self, strip: Strip, x: str, w: str, ky: Value, first: Value, sums: list[str]
+    ) -> list[str]:
+        """All input channels of one kernel row."""
+        e, conv, count = self.e, self.conv, self.channels
+        step = conv.kernel_size[1] * len(self.block.vectors) * e.lanes
+        # Weights lie as [chunk of channels][kernel row][channel][kernel column][vector][lane].
+        start = e.add(
+            e.mul(first, conv.kernel_size[0] * step), e.mul(ky, count * step)
+        )
+        w = e.offset(w, start)
+        if not self.block.scalar:
+            for i in range(count):
+                sums = self._taps(strip, e.opaque(x), e.offset(w, i * step), i, sums)
+            return sums
+        unroll = self._unroll(strip, count)
+
+        def channels(i: Value, sums: list[str]) -> list[str]:
+            for u in range(unroll):
+                at = e.add(i, u)
+                source = e.opaque(e.offset(x, e.add(first, at)))
+                sums = self._taps(strip, source, e.offset(w, e.mul(at, step)), 0, sums)
+            return sums
+
+        return e.fold(0, count, unroll, sums, channels)
+
+    def _unroll(self, strip: Strip, count: int) -> int:
+        body = strip.size * len(self.block.vectors) * self.conv.kernel_size[1]
+        return next(u for u in (8, 4, 2, 1) if count % u == 0 and (u == 1 or u * body <= 2 * _LOOP_BODY))
+
+    def _taps(self, strip: Strip, x: str, w: str, i: int, sums: list[str]) -> list[str]:
+        """All columns of the kernel for one kernel row and input channel."""
+        e, conv, vectors = self.e, self.conv, self.block.vectors
+        k, stride, dilation = conv.kernel_size[1], conv.stride[1], conv.dilation[1]
+        free = e.machine.registers - strip.size * len(vectors) - 1
+        at_once = max(1, free // len(vectors))
+        end = (strip.size - 1) * stride + (k - 1) * dilation - strip.right
+        sums = list(sums)
+        for begin in range(0, k, at_once):
+            columns: dict[int, list[tuple[int, int]]] = {}
+            for kx in range(begin, min(k, begin + at_once)):
+                for pixel in range(strip.size):
+                    column = pixel * stride + kx * dilation
+                    if strip.left <= column <= end:
+                        columns.setdefault(column, []).append((pixel, kx))
+            # A pointer of its own: LLVM would keep the inputs for the columns that come next.
+            x = e.opaque(x)
+            used = {kx for meets in columns.values() for _, kx in meets}
+            weights = {
+                kx: [e.load(w, (kx * len(vectors) + q) * e.lanes) for q in range(len(vectors))]
+                for kx in sorted(used)
+            }
+            for column, meets in sorted(columns.items()):
+                inputs = self._inputs(x, column * self.input_pixel, i)
+                for q, value in enumerate(inputs):
+                    for pixel, kx in meets:
+                        s = pixel * len(vectors) + q
+                        sums[s] = e.multiply_add(value, weights[kx][q], sums[s])
+        return sums
+
+    def _inputs(self, x: str, offset: int, i: int) -> Iterator[str]:
+        """For each vector the input channel ``i`` of every lane's group, at one pixel."""
+        e = self.e
+        broadcasts: dict[int, str] = {}
+
+        def broadcast(channel: int) -> str:
+            if channel not in broadcasts:
+                broadcasts[channel] = e.broadcast(x, offset + channel)
+            return broadcasts[channel]
+
+        def one(vector: Vector) -> str:
+            channels = [source + i for source in vector.sources]
+            distinct = sorted(set(channels))
+            if len(distinct) == 1:
+                return broadcast(distinct[0])
+            first = vector.sources[0]
+            span = vector.sources[-1] + self.block.width - first
+            if not vector.scalar and span <= e.lanes:
+                value = e.load(x, offset + first, span)
+                lanes = [c - first for c in channels]
+                if lanes == list(range(span)):
+                    return value
+                return e.shuffle(value, "poison", _pad(lanes, e.lanes))
+            if vector.scalar:
+                value = broadcast(distinct[0])
+                for channel in distinct[1:]:
+                    lanes = [
+                        l + e.lanes * (l < len(channels) and channels[l] == channel)
+                        for l in range(e.lanes)
+                    ]
+                    value = e.shuffle(value, broadcast(channel), lanes)
+                return value
+            return self._gather(x, offset + first, span, [c - first for c in channels])
+
+        return map(one, self.block.vectors)
+
+    def _gather(self, x: str, offset: int, span: int, lanes: list[int]) -> str:
+        """Lanes taken from ``span`` values, more than a vector holds."""
+        e = self.e
+        result = None
+        for start in range(0, span, e.lanes):
+            mine = [start <= lane < start + e.lanes for lane in lanes]
+            if not any(mine):
+                continue
+            part = e.load(x, offset + start, min(e.lanes, span - start))
+            if result is None:
+                picks = [lane - start if m else None for lane, m in zip(lanes, mine, strict=True)]
+                result = e.shuffle(part, "poison", _pad(picks, e.lanes))
+            else:
+                picks = [
+                    e.lanes + lane - start if m else at
+                    for at, (lane, m) in enumerate(zip(lanes, mine, strict=True))
+                ]
+                result = e.shuffle(result, part, _pad(picks, e.lanes))
+        assert result is not None
+        return result
+
+
+def _pad(lanes: Sequence[int | None], count: int) -> list[int | None]:
+    return [*lanes, *[None] * (count - len(lanes))]

@@ -1,0 +1,74 @@
+"""LLVM IR to machine code, and machine code into this process."""
+
+import ctypes
+import functools
+import threading
+
+import llvmlite.binding as llvm
+
+from groupconv.kernels.machine import Machine
+from groupconv.kernels.module import ARGUMENTS
+
+Function = ctypes._CFuncPtr
+
+_prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 2,
+                              *[ctypes.c_void_p] * 3)  # fmt: skip
+# LLVM's objects are not to be used by two threads at once.
+_lock = threading.Lock()
+
+
+@functools.cache
+def _initialize() -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+
+
+def _target(machine: Machine) -> llvm.TargetMachine:
+    _initialize()
+    return llvm.Target.from_triple(machine.triple).create_target_machine(
+        cpu=machine.cpu, features=machine.features, opt=2, reloc="pic", codemodel="small"
+    )
+
+
+def _parse(text: str) -> llvm.ModuleRef:
+    module = llvm.parse_assembly(text)
+    module.verify()
+    return module
+
+
+def compile_object(text: str, machine: Machine) -> bytes:
+    """The object file of a module.
+
+    LLVM's optimisation passes are left out: what they would do, the generator has done, and they
+    take as long as the rest together.
+    """
+    with _lock:
+        return _target(machine).emit_object(_parse(text))
+
+
+def assembly(text: str, machine: Machine) -> str:
+    """The same as text in the machine's assembly language; any machine that LLVM knows."""
+    with _lock:
+        if not llvm.get_process_triple().startswith(machine.triple.partition("-")[0]):
+            llvm.initialize_all_targets()
+            llvm.initialize_all_asmprinters()
+        return _target(machine).emit_assembly(_parse(text))
+
+
+@functools.cache
+def _engine() -> llvm.ExecutionEngine:
+    """The one engine that owns all code of this process."""
+    _initialize()
+    target = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(jit=True)
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+
+
+def load(code: bytes, name: str) -> Function:
+    """The function ``name`` of an object file, callable with the kernel's arguments."""
+    with _lock:
+        engine = _engine()
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        address = engine.get_function_address(name)
+    assert address and len(ARGUMENTS) == len(_prototype._argtypes_)
+    return _prototype(address)
