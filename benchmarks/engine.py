@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupconv.kernels.spec import ConvSpec
-from groupconv.targets.timing import interleave
+from groupconv.timing import interleave
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def unsupported(spec: ConvSpec) -> str | None:
     return None
 
 
-def as_2d(
-    spec: ConvSpec, weight: Tensor, input: Tensor
-) -> tuple[ConvSpec, Tensor, Tensor]:
+def as_2d(spec: ConvSpec, weight: Tensor, input: Tensor) -> tuple[ConvSpec, Tensor, Tensor]:
     """A 1-d convolution as a 2-d one on images of one row; a 2-d one as it is."""
     if len(spec.input_size) == 2:
         return spec, weight, input

@@ -35,9 +35,7 @@ def openvino(
     if reason:
         return reason
     lifted = as_2d(spec, weight, input)
-    variants = {
-        layout: _openvino(*lifted, bias, threads, layout) for layout in ("NHWC", "NCHW")
-    }
+    variants = {layout: _openvino(*lifted, bias, threads, layout) for layout in ("NHWC", "NCHW")}
     if len(spec.input_size) == 1:
         variants["NCL"] = _openvino(spec, weight, input, bias, threads, "NCL")
     return fastest(variants)
@@ -60,8 +58,7 @@ def _model(spec: ConvSpec, weight: Tensor, bias: Tensor | None) -> bytes:
     )
     sizes = {"x": (spec.batch, spec.in_channels, *spec.input_size), "y": _output_shape(spec)}
     x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, size)
-        for name, size in sizes.items()
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()
     )
     initializers = [
         numpy_helper.from_array(np.ascontiguousarray(value.numpy()), name)

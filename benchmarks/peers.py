@@ -78,9 +78,12 @@ def _torch(
     if not symmetric(spec):
         spec, input = padded(spec, input)
     dims = len(spec.input_size)
-    if last:
-        input, weight = _channels_last(input), _channels_last(weight)
     function = functions[dims - 1]
+    if last:
+        input = _channels_last(input)
+        # Ours packs the weights as a module holds them, once.
+        if function is F.conv2d:
+            weight = _channels_last(weight)
     pads = tuple(before for before, _ in spec.padding)
     arguments = (input, weight, bias, spec.stride, pads, spec.dilation, spec.groups)
     layout = ("NLC" if dims == 1 else "NHWC") if last else ("NCL" if dims == 1 else "NCHW")

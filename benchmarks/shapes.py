@@ -1,6 +1,7 @@
 """The convolutions that benchmarks run: one CSV file per network, one row per distinct layer."""
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +34,48 @@ class Shape:
         """Input channels per group."""
         return self.spec.in_channels // self.spec.groups
 
-    def __str__(self) -> str:
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-add that is needed: taps that fall on padding are left out.
+
+        (``spec.macs`` counts them.) The bias is not counted.
+        """
         c = self.spec
-        text = (
-            f"{self.network}: {c.batch}x{c.in_channels}x{_sizes(c.input_size)} -> "
-            f"{c.out_channels}, {_sizes(c.kernel_size)}, groups {c.groups}"
+        axes = zip(
+            c.input_size, c.output_size, c.kernel_size, c.stride, c.padding, c.dilation, strict=True
         )
+        taps = math.prod(
+            sum(0 <= o * s - before + k * d < n for o in range(out) for k in range(kernel))
+            for n, out, kernel, s, (before, _), d in axes
+        )
+        return 2 * c.batch * c.out_channels * self.width * int(taps)
+
+    @property
+    def bytes(self) -> int:
+        """Of input, output, weights and bias in float32."""
+        c = self.spec
+        values = (
+            c.batch * c.in_channels * math.prod(c.input_size)
+            + c.batch * c.out_channels * math.prod(c.output_size)
+            + math.prod(c.weight_shape)
+            + c.out_channels
+        )
+        return 4 * values
+
+    @property
+    def layer(self) -> str:
+        """The convolution in words."""
+        c = self.spec
+        sizes = _sizes((c.batch, c.in_channels, *c.input_size))
+        text = f"{sizes} to {c.out_channels}, {_sizes(c.kernel_size)}"
         if set(c.stride) != {1}:
-            text += f", stride {_sizes(c.stride)}"
+            text += f" / {_sizes(c.stride)}"
         if set(c.dilation) != {1}:
             text += f", dilation {_sizes(c.dilation)}"
-        return text
+        return f"{text}, groups {c.groups}"
+
+    def __str__(self) -> str:
+        return f"{self.network}: {self.layer}"
 
 
 def read(path: str | Path) -> list[Shape]:

@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version"},
+    {"errors", "files", "version", "timing"},
     {"kernels"},
     {"nn"},
     {"models"},
@@ -25,10 +25,14 @@ LEVELS = [
 ]
 # Modules of one package, in the order in which they may import each other.
 ORDER = {
-    "kernels": ["spec", "reference"],
+    "kernels": [
+        "spec", "reference", "machine", "emit", "activation", "blocks", "forward", "staging",
+        "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed", "weights",
+        "request", "native", "dispatch",
+    ],
     "nn": ["functional", "conv", "shuffle", "blocks"],
     "data": ["images", "sample"],
-    "targets": ["base", "timing", "eager", "table"],
+    "targets": ["base", "eager", "table"],
     "report": ["pictures", "table", "page"],
     "optimize": [
         "spaces", "trace", "cost", "moments", "partition", "fit", "structure", "latency", "select",

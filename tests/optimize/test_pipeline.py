@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import groupconv
 from groupconv.data import Images
 from groupconv.optimize.structure import Menu
-from groupconv.targets.timing import Timing
+from groupconv.timing import Timing
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 
 from groupconv.targets import table as table_module
 from groupconv.targets.table import LatencyTable
-from groupconv.targets.timing import Timing
+from groupconv.timing import Timing
 
 
 class Recorder:

@@ -73,7 +73,7 @@ class Block:
         return all(vector.scalar for vector in self.vectors)
 
     def channels(self, wanted: int) -> int:
-        """Input channels in a chunk: ``wanted``, or all where vectors hold channels side by side."""
+        """Input channels in a chunk: ``wanted``, or all where vectors hold them side by side."""
         return wanted if self.scalar else self.width
 
     def start(self, e: Emitter, index: Value) -> tuple[Value, Value]:
@@ -160,9 +160,7 @@ def _parts_of_a_group(
     return found
 
 
-def _vectors(
-    run: int, wide_in: int, wide_out: int, lanes: int, aligned: int
-) -> tuple[Vector, ...]:
+def _vectors(run: int, wide_in: int, wide_out: int, lanes: int, aligned: int) -> tuple[Vector, ...]:
     """The vectors of ``run`` whole groups, ``aligned`` outputs in each."""
     outputs, found = run * wide_out, []
     for at in range(0, outputs, aligned):

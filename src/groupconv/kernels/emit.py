@@ -219,16 +219,17 @@ class Emitter:
             )  # fmt: skip
         result = "poison"
         for start, size in _pieces(count):
-            part = self.let(
-                f"load <{size} x float>, ptr {self.offset(pointer, start)}, align 4"
-            )
-            spread = [l - start if 0 <= l - start < size else None for l in range(self.lanes)]
+            part = self.let(f"load <{size} x float>, ptr {self.offset(pointer, start)}, align 4")
+            spread = [
+                lane - start if 0 <= lane - start < size else None for lane in range(self.lanes)
+            ]
             wide = self._shuffle(f"<{size} x float>", part, "poison", spread)
             if result == "poison":
                 result = wide
             else:
                 lanes = [
-                    self.lanes + l if start <= l < start + size else l for l in range(self.lanes)
+                    self.lanes + lane if start <= l < start + size else lane
+                    for lane in range(self.lanes)
                 ]
                 result = self._shuffle(self.vector, result, wide, lanes)
         return result
@@ -295,9 +296,7 @@ class Emitter:
         return self.let(f"{operation} {self.vector} {a}, {b}")
 
     def select(self, condition: str, a: str, b: str) -> str:
-        return self.let(
-            f"select {self._bits} {condition}, {self.vector} {a}, {self.vector} {b}"
-        )
+        return self.let(f"select {self._bits} {condition}, {self.vector} {a}, {self.vector} {b}")
 
     def less(self, a: str, b: str) -> str:
         """Lane by lane, false for NaN."""
@@ -321,8 +320,8 @@ class Emitter:
         half = lanes // 2
         while half:
             # Swap the off-diagonal squares of side ``half`` in every square of twice that side.
-            low = [l if not l & half else l - half + lanes for l in range(lanes)]
-            high = [l + half if not l & half else l + lanes for l in range(lanes)]
+            low = [lane if not lane & half else lane - half + lanes for lane in range(lanes)]
+            high = [lane + half if not lane & half else lane + lanes for lane in range(lanes)]
             swapped = list(rows)
             for i in range(lanes):
                 if not i & half:
@@ -342,10 +341,8 @@ class Emitter:
         return f"{self._bits} <{bits}>"
 
     def _shuffle(self, type: str, a: str, b: str, lanes: Sequence[int | None]) -> str:
-        mask = ", ".join("i32 poison" if l is None else f"i32 {l}" for l in lanes)
-        return self.let(
-            f"shufflevector {type} {a}, {type} {b}, <{len(lanes)} x i32> <{mask}>"
-        )
+        mask = ", ".join("i32 poison" if lane is None else f"i32 {lane}" for lane in lanes)
+        return self.let(f"shufflevector {type} {a}, {type} {b}, <{len(lanes)} x i32> <{mask}>")
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:

@@ -73,6 +73,11 @@ def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
     return found
 
 
+def taps_at_once(machine: Machine, pixels: int, vectors: int) -> int:
+    """Columns of the kernel whose weights fit in registers beside the sums and one input."""
+    return max(1, (machine.registers - 1 - pixels * vectors) // vectors)
+
+
 class BlockFunction:
     """Writes ``name(x, w, bias, residual, y, index, first, last)``: rows ``first`` to ``last`` of
     the block ``index`` among those of its form.
@@ -115,9 +120,7 @@ class BlockFunction:
         if self.spec.bias:
             bias = e.offset("%bias", first_output)
             starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
-        with e.loop(0, block.width, self.channels) as channel, e.loop(
-            "%first", "%last"
-        ) as row:
+        with e.loop(0, block.width, self.channels) as channel, e.loop("%first", "%last") as row:
             low, high = self._kernel_rows(row)
             for strip in strips(self.conv, self.tile.pixels):
                 with e.loop(0, strip.count) as number:
@@ -140,7 +143,7 @@ class BlockFunction:
         """The rows of the kernel that fall inside the image for an output row."""
         e, conv = self.e, self.conv
         (before, after), k, d = conv.padding[0], conv.kernel_size[0], conv.dilation[0]
-        if before == after == 0:
+        if before <= 0 and after <= 0:
             return 0, k
         top = e.sub(before, e.mul(row, conv.stride[0]))
         low = e.div(e.add(e.max(top, 0), d - 1), d)
@@ -216,9 +219,7 @@ class BlockFunction:
         e, conv, count = self.e, self.conv, self.channels
         step = conv.kernel_size[1] * len(self.block.vectors) * e.lanes
         # Weights lie as [chunk of channels][kernel row][channel][kernel column][vector][lane].
-        start = e.add(
-            e.mul(first, conv.kernel_size[0] * step), e.mul(ky, count * step)
-        )
+        start = e.add(e.mul(first, conv.kernel_size[0] * step), e.mul(ky, count * step))
         w = e.offset(w, start)
         if not self.block.scalar:
             for i in range(count):
@@ -237,14 +238,15 @@ class BlockFunction:
 
     def _unroll(self, strip: Strip, count: int) -> int:
         body = strip.size * len(self.block.vectors) * self.conv.kernel_size[1]
-        return next(u for u in (8, 4, 2, 1) if count % u == 0 and (u == 1 or u * body <= 2 * _LOOP_BODY))
+        return next(
+            u for u in (8, 4, 2, 1) if count % u == 0 and (u == 1 or u * body <= 2 * _LOOP_BODY)
+        )
 
     def _taps(self, strip: Strip, x: str, w: str, i: int, sums: list[str]) -> list[str]:
         """All columns of the kernel for one kernel row and input channel."""
         e, conv, vectors = self.e, self.conv, self.block.vectors
         k, stride, dilation = conv.kernel_size[1], conv.stride[1], conv.dilation[1]
-        free = e.machine.registers - strip.size * len(vectors) - 1
-        at_once = max(1, free // len(vectors))
+        at_once = taps_at_once(e.machine, strip.size, len(vectors))
         end = (strip.size - 1) * stride + (k - 1) * dilation - strip.right
         sums = list(sums)
         for begin in range(0, k, at_once):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ class ConvSpec:
         in_channels, out_channels, groups: as in torch; groups divides both.
         input_size: spatial size of the input, one integer per axis.
         kernel_size, stride, dilation, output_padding: one integer per axis.
-        padding: (before, after) per axis; for a transposed convolution, what is cut off.
+        padding: (before, after) per axis, a negative one crops; for a transposed convolution,
+            what is cut off.
         transposed: whether this is a transposed convolution.
 
     Raises:
@@ -124,7 +126,7 @@ class ConvSpec:
             _check_axes(where, name, getattr(self, name), dims, 1)
         _check_axes(where, "padding", self.padding, dims, None)
         for pair in self.padding:
-            _check_axes(where, "padding", pair, 2, 0)
+            _check_axes(where, "padding", pair, 2, -sys.maxsize)
         if self.output_padding:
             if not self.transposed:
                 raise ArgumentError(

@@ -28,7 +28,9 @@ class InputStage:
             channel: Value = e.add("%channel", c)
             if self.spec.ordered:
                 channel = e.load_index("%order", channel)
-            return e.offset("%x", channel if self.spec.channels_last_input else e.mul(channel, plane))
+            return e.offset(
+                "%x", channel if self.spec.channels_last_input else e.mul(channel, plane)
+            )
 
         step = conv.in_channels if self.spec.channels_last_input else 1
         _in_squares(
@@ -84,9 +86,7 @@ class OutputStage:
             if spec.step != (1, 1):
                 width = spec.conv.output_size[1]
                 row, column = e.div(position, width), e.rem(position, width)
-                position = e.add(
-                    e.mul(row, spec.step[0] * size[1]), e.mul(column, spec.step[1])
-                )
+                position = e.add(e.mul(row, spec.step[0] * size[1]), e.mul(column, spec.step[1]))
             return e.add(e.mul(e.add("%channel", c), plane), position)
 
         def finish(value: str, at: Value, count: int | None) -> None:

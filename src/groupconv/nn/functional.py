@@ -6,13 +6,23 @@ device. Shapes below are for 2-d; unbatched input ``(C, H, W)`` is accepted as b
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from groupconv.errors import ArgumentError
-from groupconv.kernels.spec import Ints, check_groups, check_output_padding, to_tuple
+from groupconv.kernels import dispatch
+from groupconv.kernels.request import why_lowered
+from groupconv.kernels.spec import (
+    ConvSpec,
+    Ints,
+    check_groups,
+    check_output_padding,
+    same_padding,
+    to_tuple,
+)
 
 __all__ = [
     "channel_shuffle",
@@ -187,6 +197,11 @@ def _conv(
     groups: int,
 ) -> Tensor:
     where = f"group_conv{dims}d"
+    watched = why_lowered(input, weight, bias) is not None
+    call = None if watched else _call(input, weight, bias, where, stride, padding, dilation, groups)
+    if call is not None and (choice := dispatch.known(call)) is not None:
+        return choice(input, weight, bias)
+
     in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
     dilations = to_tuple(where, "dilation", dilation, dims, 1)
@@ -199,11 +214,32 @@ def _conv(
     _check_bias(where, bias, weight.shape[0])
     if isinstance(padding, str):
         check_padding_name(where, padding, strides)
-    if padding == "same":
-        return _CONV[dims - 1](input, weight, bias, strides, padding, dilations, groups)
-    pads = to_tuple(where, "padding", 0 if isinstance(padding, str) else padding, dims, 0)
-    _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
-    return _CONV[dims - 1](input, weight, bias, strides, pads, dilations, groups)
+    pads: Any = "same"
+    if padding != "same":
+        pads = to_tuple(where, "padding", 0 if isinstance(padding, str) else padding, dims, 0)
+        _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
+    if watched:
+        return _CONV[dims - 1](input, weight, bias, strides, pads, dilations, groups)
+    if input.ndim == dims + 1:
+        return _conv(
+            dims, input.unsqueeze(0), weight, bias, strides, pads, dilations, groups
+        ).squeeze(0)
+
+    both = [(pad, pad) for pad in pads]
+    if pads == "same":
+        both = same_padding(weight.shape[2:], dilations)
+    conv = ConvSpec(
+        batch=input.shape[0],
+        in_channels=in_channels,
+        out_channels=weight.shape[0],
+        input_size=tuple(input.shape[2:]),
+        kernel_size=tuple(weight.shape[2:]),
+        stride=strides,
+        padding=tuple(both),
+        dilation=dilations,
+        groups=groups,
+    )
+    return dispatch.choose(call, conv, input, weight, bias)(input, weight, bias)
 
 
 def _conv_transpose(
@@ -218,6 +254,13 @@ def _conv_transpose(
     dilation: Ints,
 ) -> Tensor:
     where = f"group_conv_transpose{dims}d"
+    watched = why_lowered(input, weight, bias) is not None
+    call = None
+    if not watched:
+        call = _call(input, weight, bias, where, stride, padding, dilation, groups, output_padding)
+    if call is not None and (choice := dispatch.known(call)) is not None:
+        return choice(input, weight, bias)
+
     in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
     dilations = to_tuple(where, "dilation", dilation, dims, 1)
@@ -233,7 +276,45 @@ def _conv_transpose(
         )
     _check_bias(where, bias, weight.shape[1] * groups)
     _check_output(where, input.shape[-dims:], weight.shape[2:], strides, pads, extra, dilations)
-    return _CONV_TRANSPOSE[dims - 1](input, weight, bias, strides, pads, extra, groups, dilations)
+    if watched:
+        return _CONV_TRANSPOSE[dims - 1](
+            input, weight, bias, strides, pads, extra, groups, dilations
+        )
+    if input.ndim == dims + 1:
+        return _conv_transpose(
+            dims, input.unsqueeze(0), weight, bias, strides, pads, extra, groups, dilations
+        ).squeeze(0)
+
+    conv = ConvSpec(
+        batch=input.shape[0],
+        in_channels=in_channels,
+        out_channels=weight.shape[1] * groups,
+        input_size=tuple(input.shape[2:]),
+        kernel_size=tuple(weight.shape[2:]),
+        stride=strides,
+        padding=tuple((pad, pad) for pad in pads),
+        dilation=dilations,
+        groups=groups,
+        transposed=True,
+        output_padding=extra,
+    )
+    return dispatch.choose(call, conv, input, weight, bias)(input, weight, bias)
+
+
+def _call(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> dispatch.Signature | None:
+    """What a choice can be remembered by; None where an argument only equals a legal one.
+
+    ``True`` and ``1.0`` equal 1, and so would pass unchecked for a call that was legal before.
+    """
+    for value in arguments:
+        if type(value) is tuple:
+            if not all(type(v) is int for v in value):
+                return None
+        elif type(value) is not int and type(value) is not str:
+            return None
+    return dispatch.signature(input, weight, bias, *arguments)
 
 
 def check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:

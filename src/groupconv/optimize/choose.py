@@ -20,7 +20,7 @@ from groupconv.optimize.plan import Plan
 from groupconv.optimize.select import select
 from groupconv.optimize.structure import Candidate, Menu, settle
 from groupconv.optimize.trace import Trace
-from groupconv.targets.timing import Timing
+from groupconv.timing import Timing
 
 log = logging.getLogger(__name__)
 

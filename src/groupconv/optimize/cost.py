@@ -20,7 +20,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from groupconv.errors import ArgumentError
 from groupconv.targets import get_target
-from groupconv.targets.timing import Timing, interleave, machine
+from groupconv.timing import Timing, interleave, machine
 
 # Calls that move no data, or make the tensors that others fill.
 # fmt: off

@@ -31,7 +31,7 @@ from groupconv.optimize.structure import Menu, freedom, menu
 from groupconv.optimize.summary import summarize, write_report
 from groupconv.optimize.trace import Trace, TracedConv, evaluation_mode, trace
 from groupconv.targets import LatencyTable, Target, get_target
-from groupconv.targets.timing import Timing, interleave
+from groupconv.timing import Timing, interleave
 
 log = logging.getLogger(__name__)
 

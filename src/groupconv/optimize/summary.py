@@ -14,7 +14,7 @@ from groupconv.optimize.evaluate import Quality
 from groupconv.optimize.plan import PAGE, PLAN, REPORT, Plan
 from groupconv.optimize.structure import Candidate, Menu
 from groupconv.optimize.trace import Trace
-from groupconv.targets.timing import Timing, machine
+from groupconv.timing import Timing, machine
 from groupconv.version import __version__
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from groupconv.files import replacing
-from groupconv.targets.timing import Timing, interleave, machine
+from groupconv.timing import Timing, interleave, machine
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from groupconv import timing
 from groupconv.errors import ArgumentError
-from groupconv.targets import get_target, timing
-from groupconv.targets.timing import Timing, interleave, machine
+from groupconv.targets import get_target
+from groupconv.timing import Timing, interleave, machine
 
 
 class Clock:

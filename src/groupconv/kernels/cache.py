@@ -1,0 +1,149 @@
+"""The code cache: a private folder of generated code, one checked file for each entry.
+
+What is read from here is executed, so the folder must belong to the user and to nobody else, and
+a file counts only if its digest is right; anything else is rebuilt. Files appear by renaming, so
+several processes may read and write at once.
+"""
+
+import functools
+import hashlib
+import os
+import stat
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import llvmlite
+
+from groupconv.version import __version__
+
+# Bytes of all entries together; the least recently used are removed first.
+LIMIT = 128 * 2**20
+_SUFFIX = ".kernel"
+_DIGEST = hashlib.sha256().digest_size
+
+
+def folder() -> Path:
+    """Where entries lie: ``GROUPCONV_CACHE``, or ``groupconv`` in the user's cache folder."""
+    if chosen := os.environ.get("GROUPCONV_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "groupconv"
+
+
+def why_not() -> str | None:
+    """Why no cache is kept, or None when one is. Makes the folder where it is missing."""
+    try:
+        path = folder()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except (OSError, RuntimeError) as error:
+        return f"the folder can't be made: {error}"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{path} is not a folder"
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        return f"{path} belongs to another user"
+    if os.name == "posix" and found.st_mode & 0o077:
+        return f"{path} is open to other users; expected mode 0700"
+    return None if os.access(path, os.W_OK) else f"{path} can't be written to"
+
+
+def read(key: str) -> bytes | None:
+    """The entry of ``key``, or None where there is none that can be trusted."""
+    if why_not() is not None:
+        return None
+    path = _path(key)
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+            data = file.read()
+        os.utime(path)
+    except OSError:
+        # Missing, or removed just now by another process: not there either way.
+        return None
+    content = data[_DIGEST:]
+    return content if _digest(key, content) == data[:_DIGEST] else None
+
+
+def write(key: str, content: bytes) -> None:
+    """Keep ``content`` if there is a usable folder; a full disk is a warning, not an error."""
+    if why_not() is not None:
+        return
+    try:
+        handle, name = tempfile.mkstemp(dir=folder(), suffix=".part")
+        try:
+            with open(handle, "wb") as file:
+                file.write(_digest(key, content) + content)
+            os.replace(name, _path(key))
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        warnings.warn(f"the code cache {folder()} can't be written to: {error}", stacklevel=2)
+    _shrink()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many entries there are, and their bytes."""
+
+    entries: int
+    bytes: int
+
+
+def usage() -> Usage:
+    sizes = [entry.stat().st_size for entry in _entries()]
+    return Usage(len(sizes), sum(sizes))
+
+
+def clear() -> Usage:
+    """Remove every entry; returns what there was."""
+    before = usage()
+    for entry in _entries():
+        entry.unlink(missing_ok=True)
+    return before
+
+
+def key(*parts: object) -> str:
+    """The name of an entry made from ``parts`` by this version of the generator."""
+    text = "\n".join([_generator(), *map(repr, parts)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _generator() -> str:
+    """Names all code that has a part in what is generated."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return f"{__version__} llvmlite {llvmlite.__version__} {digest.hexdigest()}"
+
+
+def _digest(key: str, content: bytes) -> bytes:
+    # With the key, so that an entry renamed to another's name is refused.
+    return hashlib.sha256(key.encode() + content).digest()
+
+
+def _path(key: str) -> Path:
+    return folder() / f"{key}{_SUFFIX}"
+
+
+def _entries() -> list[Path]:
+    return sorted(folder().glob(f"*{_SUFFIX}")) if folder().is_dir() else []
+
+
+def _shrink() -> None:
+    """Remove the least recently used entries until the rest fits the limit."""
+    found = []
+    for entry in _entries():
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue
+        found.append((status.st_mtime, status.st_size, entry))
+    total = sum(size for _, size, _ in found)
+    for _, size, entry in sorted(found):
+        if total <= LIMIT:
+            return
+        entry.unlink(missing_ok=True)
+        total -= size

@@ -1,0 +1,98 @@
+"""Kernel: generated code with what it needs to be called."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groupconv.kernels import jit, module, openmp, packing
+from groupconv.kernels.blocks import blocks
+from groupconv.kernels.forward import Tile
+from groupconv.kernels.machine import Machine
+from groupconv.kernels.spec import KernelSpec
+
+# Seconds of work below which waking other threads costs more than they save.
+_WORTH_SHARING = 20e-6
+# Low guesses of what one thread does in a second: multiply-adds per lane, bytes.
+_MACS, _BYTES = 2e9, 2e10
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in this process. Safe to call from several threads at once.
+
+    Args:
+        function: the machine code; takes ``module.ARGUMENTS``.
+        buffer: float32 values that each thread needs for staging.
+        seconds: a guess of the time of one image on one thread.
+    """
+
+    spec: KernelSpec
+    machine: Machine
+    tile: Tile
+    function: jit.Function
+    buffer: int
+    seconds: float
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """``weight`` (float32, ``spec.conv.weight_shape``) as :meth:`__call__` takes it."""
+        kinds = blocks(self.spec.conv, self.machine.lanes, self.tile.vectors)
+        lanes, channels = self.machine.lanes, self.tile.channels
+        return packing.pack(weight, self.spec.conv, kinds, lanes, channels)
+
+    def __call__(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        residual: Tensor | None = None,
+        order: Tensor | None = None,
+        offset: int = 0,
+    ) -> None:
+        """Compute ``y``. All tensors are float32 and dense in the layouts of the spec.
+
+        Args:
+            x: ``(N, in_channels, H, W)``.
+            packed: what :meth:`pack` returned.
+            bias: ``(out_channels,)``.
+            y: ``(N, out_channels, *spec.output_tensor_size)``.
+            residual: as y.
+            order: ``(in_channels,)`` int64; channel i of the convolution is ``x[:, order[i]]``.
+            offset: element of an image of y where the first output goes.
+        """
+        threads, images = openmp.threads(), x.shape[0]
+        if threads > 1 and self.seconds * images < _WORTH_SHARING:
+            threads = 1
+        buffer = torch.empty(threads * self.buffer, dtype=torch.float32) if self.buffer else None
+        pool = openmp.pool()
+        self.function(
+            x.data_ptr(),
+            packed.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if residual is None else residual.data_ptr() + 4 * offset,
+            None if order is None else order.data_ptr(),
+            y.data_ptr() + 4 * offset,
+            None if buffer is None else buffer.data_ptr(),
+            images,
+            threads,
+            *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
+        )
+
+
+def compile(spec: KernelSpec, machine: Machine, tile: Tile) -> bytes:
+    """The object file of a kernel."""
+    return jit.compile_object(module.emit(spec, machine, tile, _NAME), machine)
+
+
+def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
+    """The kernel of an object file that :func:`compile` made."""
+    conv = spec.conv
+    elements = conv.in_channels * conv.input_size[0] * conv.input_size[1]
+    elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
+    seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
+    buffer = module.buffer_size(spec, machine, tile)
+    return Kernel(spec, machine, tile, jit.load(code, _NAME), buffer, seconds)
+
+
+_NAME = "convolution"

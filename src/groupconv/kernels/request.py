@@ -1,0 +1,63 @@
+"""Request: what is known of a call before it runs, and why a call must be left to PyTorch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from groupconv.kernels.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """A convolution to be run, without its numbers.
+
+    Args:
+        conv: the convolution, of 1 to 3 axes.
+        dtype: of the input.
+        channels_last_input, channels_last_output: NHWC in memory; the output's as PyTorch has it.
+        dense: whether the input's memory is in one of the two layouts.
+        bias: whether there is one.
+    """
+
+    conv: ConvSpec
+    dtype: torch.dtype
+    channels_last_input: bool
+    channels_last_output: bool
+    dense: bool
+    bias: bool
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` is NHWC in memory and can't be read as NCHW."""
+    return (
+        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def why_lowered(*tensors: Tensor | None) -> str | None:
+    """Why this call is one ``aten.convolution`` for something that watches or rewrites PyTorch's
+    operators, or None where nothing does."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode that watches PyTorch's operators is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform such as vmap is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{type(tensor).__name__} is a subclass of Tensor"
+        if not tensor.is_cpu:
+            return f"a tensor is on {tensor.device}, kernels run on the CPU"
+        if tensor.layout is not torch.strided or tensor.is_neg():
+            return "a tensor does not hold its numbers as they are"
+    return None
