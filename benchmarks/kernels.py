@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -186,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=180)
     torch.set_num_threads(options.threads)
+    load = os.getloadavg()[0]
     peak = measure(options.threads)
     console.print(f"{machine()['processor']}, {options.threads} thread(s): {peak}")
     records: list[Record] = []
@@ -213,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {
             "machine": machine(),
             "threads": options.threads,
+            "load_before": load,
             "peak": dataclasses.asdict(peak),
             "versions": _versions(),
             "commit": _git("rev-parse", "HEAD"),

@@ -228,7 +228,7 @@ class Emitter:
                 result = wide
             else:
                 lanes = [
-                    self.lanes + lane if start <= l < start + size else lane
+                    self.lanes + lane if start <= lane < start + size else lane
                     for lane in range(self.lanes)
                 ]
                 result = self._shuffle(self.vector, result, wide, lanes)

@@ -15,8 +15,8 @@ from groupconv.kernels.emit import Emitter, Value
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 
-# Instructions that the loop over input channels should hold at least, so that its own cost is small.
-_LOOP_BODY = 48
+# Multiply-adds up to which the loop over input channels is unrolled, to make its own cost small.
+_LOOP_BODY = 96
 
 
 @dataclass(frozen=True)
@@ -238,9 +238,7 @@ class BlockFunction:
 
     def _unroll(self, strip: Strip, count: int) -> int:
         body = strip.size * len(self.block.vectors) * self.conv.kernel_size[1]
-        return next(
-            u for u in (8, 4, 2, 1) if count % u == 0 and (u == 1 or u * body <= 2 * _LOOP_BODY)
-        )
+        return next((u for u in (8, 4, 2) if count % u == 0 and u * body <= _LOOP_BODY), 1)
 
     def _taps(self, strip: Strip, x: str, w: str, i: int, sums: list[str]) -> list[str]:
         """All columns of the kernel for one kernel row and input channel."""
@@ -298,8 +296,8 @@ class BlockFunction:
                 value = broadcast(distinct[0])
                 for channel in distinct[1:]:
                     lanes = [
-                        l + e.lanes * (l < len(channels) and channels[l] == channel)
-                        for l in range(e.lanes)
+                        lane + e.lanes * (lane < len(channels) and channels[lane] == channel)
+                        for lane in range(e.lanes)
                     ]
                     value = e.shuffle(value, broadcast(channel), lanes)
                 return value

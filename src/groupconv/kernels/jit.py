@@ -3,13 +3,14 @@
 import ctypes
 import functools
 import threading
+from collections.abc import Callable
 
 import llvmlite.binding as llvm
 
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.module import ARGUMENTS
 
-Function = ctypes._CFuncPtr
+Function = Callable[..., None]
 
 _prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 2,
                               *[ctypes.c_void_p] * 3)  # fmt: skip
@@ -70,5 +71,6 @@ def load(code: bytes, name: str) -> Function:
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         address = engine.get_function_address(name)
-    assert address and len(ARGUMENTS) == len(_prototype._argtypes_)
+    assert address
+    assert len(ARGUMENTS) == len(_prototype._argtypes_)
     return _prototype(address)

@@ -73,7 +73,11 @@ def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
         if not spec.channels_last_output
     }
     work = _Work(spec, machine, tile, kinds, kernels, inputs, outputs)
-    functions = [*kernels, *inputs.values(), *outputs.values()]
+    functions: list[BlockFunction | InputStage | OutputStage] = [
+        *kernels,
+        *inputs.values(),
+        *outputs.values(),
+    ]
     texts = [function.write() for function in functions]
     texts += [work.write(f"{name}.work"), _entry(name, machine)]
     declarations = work.e.declarations.union(*(function.e.declarations for function in functions))

@@ -42,7 +42,9 @@ class Native:
             pixel * (part.start[0] * conv.output_size[1] + part.start[1]) for part in self.parts
         ]
         # As text, whose hash is remembered.
-        self.key = repr([(part, k.machine, k.tile) for part, k in zip(self.parts, self.kernels)])
+        self.key = repr(
+            [(part, k.machine, k.tile) for part, k in zip(self.parts, self.kernels, strict=True)]
+        )
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; tensors of any floating dtype, computed and rounded from float32."""

@@ -44,8 +44,10 @@ def pool() -> Pool | None:
                          library.omp_get_num_threads)  # fmt: skip
         except AttributeError:
             continue
-        addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
-        return Pool(*addresses, path)
+        parallel, number, count = (
+            ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions
+        )
+        return Pool(parallel, number, count, path)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Choosing the tile of a kernel: the few that look best on paper, then the best of them by the clock.
+"""Choosing the tile of a kernel: the few best on paper, then the best of them by the clock.
 
 The choice is remembered with the code. ``GROUPCONV_TUNE=0`` takes the best on paper, the same one
 everywhere.
@@ -93,7 +93,7 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
 
 
 def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
-    """Output pixels of a tile: as many as there are registers for, by how many taps stay in them."""
+    """Output pixels of a tile: what registers hold beside the weights of all taps, or of some."""
     width, k = spec.conv.output_size[1], spec.conv.kernel_size[1]
     found = []
     for taps in {k, -(-k // 2), -(-k // 3), 1}:
