@@ -28,12 +28,14 @@ class Tile:
         vectors: vectors of output channels beside them.
         rows: output rows that pass before the next block of channels is taken.
         channels: input channels that pass before the next rows are taken.
+        blocks: blocks of channels that are finished before the next pixels are taken.
     """
 
     pixels: int
     vectors: int
     rows: int
     channels: int
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,33 +112,25 @@ class BlockFunction:
         )  # fmt: skip
 
     def write(self) -> str:
-        e, block = self.e, self.block
-        first_output, first_input = block.start(e, "%index")
-        x = "%x" if self.staged_input else e.offset("%x", first_input)
-        y = "%y" if self.staged_output else e.offset("%y", first_output)
-        residual = e.offset("%residual", first_output)
-        w = e.offset("%w", e.mul("%index", self.weights))
-        starts = ["zeroinitializer"] * len(block.vectors)
-        if self.spec.bias:
-            bias = e.offset("%bias", first_output)
-            starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
-        with e.loop(0, block.width, self.channels) as channel, e.loop("%first", "%last") as row:
+        e = self.e
+        with e.loop(0, self.block.width, self.channels) as channel, e.loop("%first", "%last") as row:
             low, high = self._kernel_rows(row)
             for strip in strips(self.conv, self.tile.pixels):
-                with e.loop(0, strip.count) as number:
+                with e.loop(0, strip.count) as number, e.loop("%begin", "%end") as index:
                     column = e.add(strip.start, e.mul(number, strip.size))
-                    self._tile(strip, x, w, residual, y, row, column, low, high, channel, starts)
+                    self._tile(strip, index, row, column, low, high, channel)
         e.do("ret void")
         return (
             f"define internal void @{self.name}(ptr noalias %x, ptr noalias %w, ptr noalias %bias, "
-            f"ptr %residual, ptr %y, i64 %index, i64 %first, i64 %last) #0 {{\n{e.text()}\n}}\n"
+            f"ptr %residual, ptr %y, i64 %begin, i64 %end, i64 %first, i64 %last) #0 {{\n"
+            f"{e.text()}\n}}\n"
         )
 
     def call(self, e: Emitter, w: str, x: str, residual: str, y: str, *rest: Value) -> None:
-        index, first, last = rest
+        begin, end, first, last = rest
         e.do(
             f"call void @{self.name}(ptr {x}, ptr {w}, ptr %bias, ptr {residual}, ptr {y}, "
-            f"i64 {index}, i64 {first}, i64 {last})"
+            f"i64 {begin}, i64 {end}, i64 {first}, i64 {last})"
         )
 
     def _kernel_rows(self, row: Value) -> tuple[Value, Value]:
@@ -153,27 +147,32 @@ class BlockFunction:
     def _tile(
         self,
         strip: Strip,
-        x: str,
-        w: str,
-        residual: str,
-        y: str,
+        index: Value,
         row: Value,
         column: Value,
         low: Value,
         high: Value,
         channel: Value,
-        starts: Sequence[str],
     ) -> None:
-        e, conv, vectors = self.e, self.conv, self.block.vectors
+        e, conv, block = self.e, self.conv, self.block
+        first_output, first_input = block.start(e, index)
+        x = "%x" if self.staged_input else e.offset("%x", first_input)
+        w = e.offset("%w", e.mul(index, self.weights))
         at = e.add(e.mul(row, self.output_row), e.mul(column, self.output_pixel))
-        target = e.offset(y, at)
+        if not self.staged_output:
+            at = e.add(at, first_output)
+        target = e.offset("%y", at)
+        starts = ["zeroinitializer"] * len(block.vectors)
+        if self.spec.bias:
+            bias = e.offset("%bias", first_output)
+            starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
         places = [
             (pixel * self.output_pixel + vector.offset, len(vector.sources))
             for pixel in range(strip.size)
-            for vector in vectors
+            for vector in block.vectors
         ]
         sums = list(starts) * strip.size
-        if self.channels < self.block.width:
+        if self.channels < block.width:
             sums = e.choose(
                 e.let(f"icmp eq i64 {channel}, 0"),
                 lambda: list(starts) * strip.size,
@@ -191,10 +190,10 @@ class BlockFunction:
 
         sums = e.fold(low, high, 1, sums, kernel_row)
         if not self.staged_output and (self.spec.residual or self.spec.activation):
-            added = e.offset(residual, at)
-            if self.channels < self.block.width:
+            added = e.offset("%residual", at)
+            if self.channels < block.width:
                 sums = e.choose(
-                    e.let(f"icmp sge i64 {e.add(channel, self.channels)}, {self.block.width}"),
+                    e.let(f"icmp sge i64 {e.add(channel, self.channels)}, {block.width}"),
                     lambda: self._finish(sums, added, places),
                     lambda: sums,
                 )
