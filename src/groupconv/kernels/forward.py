@@ -6,7 +6,7 @@ the taps that need it. Taps that fall outside the image are left out: by the bou
 rows, and by the code of the tiles at both ends of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from groupconv.kernels.activation import activate
@@ -24,18 +24,18 @@ class Tile:
     """How the work is cut; every tile gives the same numbers.
 
     Args:
-        pixels: output pixels whose sums are kept in registers.
+        pixels: neighbouring output pixels whose sums are kept in registers.
         vectors: vectors of output channels beside them.
         rows: output rows that pass before the next block of channels is taken.
         channels: input channels that pass before the next rows are taken.
-        blocks: blocks of channels that are finished before the next pixels are taken.
+        lines: rows of output pixels whose sums are kept in registers.
     """
 
     pixels: int
     vectors: int
     rows: int
     channels: int
-    blocks: int = 1
+    lines: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
     return found
 
 
-def taps_at_once(machine: Machine, pixels: int, vectors: int) -> int:
+def taps_at_once(machine: Machine, sums: int, vectors: int) -> int:
     """Columns of the kernel whose weights fit in registers beside the sums and one input."""
-    return max(1, (machine.registers - 1 - pixels * vectors) // vectors)
+    return max(1, (machine.registers - 1 - sums) // vectors)
 
 
 class BlockFunction:
@@ -112,26 +112,38 @@ class BlockFunction:
         )  # fmt: skip
 
     def write(self) -> str:
-        e = self.e
-        with e.loop(0, self.block.width, self.channels) as channel, e.loop("%first", "%last") as row:
-            low, high = self._kernel_rows(row)
-            for strip in strips(self.conv, self.tile.pixels):
-                with e.loop(0, strip.count) as number, e.loop("%begin", "%end") as index:
-                    column = e.add(strip.start, e.mul(number, strip.size))
-                    self._tile(strip, index, row, column, low, high, channel)
+        e, lines = self.e, self.tile.lines
+        with e.loop(0, self.block.width, self.channels) as channel:
+            done: Value = "%first"
+            if lines > 1:
+                whole = e.mul(e.div(e.sub("%last", "%first"), lines), lines)
+                done = e.add("%first", whole)
+                self._rows("%first", done, lines, channel)
+            if lines == 1 or self.tile.rows % lines or self.conv.output_size[0] % lines:
+                self._rows(done, "%last", 1, channel)
         e.do("ret void")
         return (
             f"define internal void @{self.name}(ptr noalias %x, ptr noalias %w, ptr noalias %bias, "
-            f"ptr %residual, ptr %y, i64 %begin, i64 %end, i64 %first, i64 %last) #0 {{\n"
+            f"ptr %residual, ptr %y, i64 %index, i64 %first, i64 %last) #0 {{\n"
             f"{e.text()}\n}}\n"
         )
 
     def call(self, e: Emitter, w: str, x: str, residual: str, y: str, *rest: Value) -> None:
-        begin, end, first, last = rest
+        index, first, last = rest
         e.do(
             f"call void @{self.name}(ptr {x}, ptr {w}, ptr %bias, ptr {residual}, ptr {y}, "
-            f"i64 {begin}, i64 {end}, i64 {first}, i64 {last})"
+            f"i64 {index}, i64 {first}, i64 {last})"
         )
+
+    def _rows(self, start: Value, stop: Value, lines: int, channel: Value) -> None:
+        """Rows ``start`` to ``stop``, ``lines`` at a time."""
+        e = self.e
+        with e.loop(start, stop, lines) as row:
+            low, high = self._kernel_rows(row) if lines == 1 else (0, 0)
+            for strip in strips(self.conv, self.tile.pixels):
+                with e.loop(0, strip.count) as number:
+                    column = e.add(strip.start, e.mul(number, strip.size))
+                    self._tile(strip, lines, row, column, low, high, channel)
 
     def _kernel_rows(self, row: Value) -> tuple[Value, Value]:
         """The rows of the kernel that fall inside the image for an output row."""
@@ -147,7 +159,7 @@ class BlockFunction:
     def _tile(
         self,
         strip: Strip,
-        index: Value,
+        lines: int,
         row: Value,
         column: Value,
         low: Value,
@@ -155,9 +167,9 @@ class BlockFunction:
         channel: Value,
     ) -> None:
         e, conv, block = self.e, self.conv, self.block
-        first_output, first_input = block.start(e, index)
+        first_output, first_input = block.start(e, "%index")
         x = "%x" if self.staged_input else e.offset("%x", first_input)
-        w = e.offset("%w", e.mul(index, self.weights))
+        w = e.offset("%w", e.mul("%index", self.weights))
         at = e.add(e.mul(row, self.output_row), e.mul(column, self.output_pixel))
         if not self.staged_output:
             at = e.add(at, first_output)
@@ -167,28 +179,29 @@ class BlockFunction:
             bias = e.offset("%bias", first_output)
             starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
         places = [
-            (pixel * self.output_pixel + vector.offset, len(vector.sources))
+            (
+                line * self.output_row + pixel * self.output_pixel + vector.offset,
+                len(vector.sources),
+            )
+            for line in range(lines)
             for pixel in range(strip.size)
             for vector in block.vectors
         ]
-        sums = list(starts) * strip.size
+        fresh = list(starts) * (strip.size * lines)
+        sums = fresh
         if self.channels < block.width:
             sums = e.choose(
                 e.let(f"icmp eq i64 {channel}, 0"),
-                lambda: list(starts) * strip.size,
+                lambda: fresh,
                 lambda: [e.load(target, *place) for place in places],
             )
         left = e.sub(e.mul(column, conv.stride[1]), conv.padding[1][0])
-
-        def kernel_row(ky: Value, sums: list[str]) -> list[str]:
-            line = e.add(
-                e.mul(row, conv.stride[0]),
-                e.sub(e.mul(ky, conv.dilation[0]), conv.padding[0][0]),
-            )
-            source = e.add(e.mul(line, self.input_row), e.mul(left, self.input_pixel))
-            return self._channels(strip, e.offset(x, source), w, ky, channel, sums)
-
-        sums = e.fold(low, high, 1, sums, kernel_row)
+        corner = e.offset(x, e.mul(left, self.input_pixel))
+        top = e.sub(e.mul(row, conv.stride[0]), conv.padding[0][0])
+        if lines == 1:
+            sums = self._one_line(strip, corner, w, top, low, high, channel, sums)
+        else:
+            sums = self._several_lines(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):
             added = e.offset("%residual", at)
             if self.channels < block.width:
@@ -211,39 +224,101 @@ class BlockFunction:
             ]
         return [activate(e, spec.activation, spec.slope, value) for value in sums]
 
-    def _channels(
-        self, strip: Strip, x: str, w: str, ky: Value, first: Value, sums: list[str]
+    def _one_line(
+        self,
+        strip: Strip,
+        x: str,
+        w: str,
+        top: Value,
+        low: Value,
+        high: Value,
+        channel: Value,
+        sums: list[str],
     ) -> list[str]:
-        """All input channels of one kernel row."""
+        """One row of outputs: a loop over the rows of the kernel that lie inside the image."""
+        e, conv = self.e, self.conv
+
+        def kernel_row(ky: Value, sums: list[str]) -> list[str]:
+            line = e.add(top, e.mul(ky, conv.dilation[0]))
+            source = e.offset(x, e.mul(line, self.input_row))
+            return self._channels(strip, source, w, {0: ky}, channel, sums)
+
+        return e.fold(low, high, 1, sums, kernel_row)
+
+    def _several_lines(
+        self,
+        strip: Strip,
+        lines: int,
+        x: str,
+        w: str,
+        top: Value,
+        channel: Value,
+        sums: list[str],
+    ) -> list[str]:
+        """Several rows of outputs: each row of the input meets all that need it."""
+        e, conv = self.e, self.conv
+        meets: dict[int, dict[int, int]] = {}
+        for line in range(lines):
+            for ky in range(conv.kernel_size[0]):
+                row = line * conv.stride[0] + ky * conv.dilation[0]
+                meets.setdefault(row, {})[line] = ky
+        for row, taps in sorted(meets.items()):
+            at = e.add(top, row)
+            source = e.offset(x, e.mul(at, self.input_row))
+            if conv.padding[0][0] <= 0 and conv.padding[0][1] <= 0:
+                sums = self._channels(strip, source, w, taps, channel, sums)
+            else:
+                before = sums
+                sums = e.choose(
+                    e.let(f"icmp ult i64 {at}, {conv.input_size[0]}"),
+                    lambda: self._channels(strip, source, w, taps, channel, before),  # noqa: B023
+                    lambda: before,  # noqa: B023
+                )
+        return sums
+
+    def _channels(
+        self,
+        strip: Strip,
+        x: str,
+        w: str,
+        taps: Mapping[int, Value],
+        first: Value,
+        sums: list[str],
+    ) -> list[str]:
+        """All input channels of one row of the input, for each line of the tile one kernel row."""
         e, conv, count = self.e, self.conv, self.channels
         step = conv.kernel_size[1] * len(self.block.vectors) * e.lanes
         # Weights lie as [chunk of channels][kernel row][channel][kernel column][vector][lane].
-        start = e.add(e.mul(first, conv.kernel_size[0] * step), e.mul(ky, count * step))
-        w = e.offset(w, start)
+        w = e.offset(w, e.mul(first, conv.kernel_size[0] * step))
+        rows = {line: e.offset(w, e.mul(ky, count * step)) for line, ky in taps.items()}
         if not self.block.scalar:
             for i in range(count):
-                sums = self._taps(strip, e.opaque(x), e.offset(w, i * step), i, sums)
+                at = {line: e.offset(row, i * step) for line, row in rows.items()}
+                sums = self._taps(strip, e.opaque(x), at, i, sums)
             return sums
-        unroll = self._unroll(strip, count)
+        unroll = self._unroll(len(sums) * len(taps), count)
 
         def channels(i: Value, sums: list[str]) -> list[str]:
             for u in range(unroll):
-                at = e.add(i, u)
-                source = e.opaque(e.offset(x, e.add(first, at)))
-                sums = self._taps(strip, source, e.offset(w, e.mul(at, step)), 0, sums)
+                channel = e.add(i, u)
+                source = e.opaque(e.offset(x, e.add(first, channel)))
+                at = {line: e.offset(row, e.mul(channel, step)) for line, row in rows.items()}
+                sums = self._taps(strip, source, at, 0, sums)
             return sums
 
         return e.fold(0, count, unroll, sums, channels)
 
-    def _unroll(self, strip: Strip, count: int) -> int:
-        body = strip.size * len(self.block.vectors) * self.conv.kernel_size[1]
+    def _unroll(self, sums: int, count: int) -> int:
+        body = sums * self.conv.kernel_size[1]
         return next((u for u in (8, 4, 2) if count % u == 0 and u * body <= _LOOP_BODY), 1)
 
-    def _taps(self, strip: Strip, x: str, w: str, i: int, sums: list[str]) -> list[str]:
-        """All columns of the kernel for one kernel row and input channel."""
+    def _taps(
+        self, strip: Strip, x: str, w: Mapping[int, str], i: int, sums: list[str]
+    ) -> list[str]:
+        """All columns of the kernel for one input channel; ``w`` holds each line's weights."""
         e, conv, vectors = self.e, self.conv, self.block.vectors
         k, stride, dilation = conv.kernel_size[1], conv.stride[1], conv.dilation[1]
-        at_once = taps_at_once(e.machine, strip.size, len(vectors))
+        at_once = taps_at_once(e.machine, len(sums), len(vectors) * len(w))
         end = (strip.size - 1) * stride + (k - 1) * dilation - strip.right
         sums = list(sums)
         for begin in range(0, k, at_once):
@@ -255,17 +330,20 @@ class BlockFunction:
                         columns.setdefault(column, []).append((pixel, kx))
             # A pointer of its own: LLVM would keep the inputs for the columns that come next.
             x = e.opaque(x)
-            used = {kx for meets in columns.values() for _, kx in meets}
+            used = sorted({kx for meets in columns.values() for _, kx in meets})
             weights = {
-                kx: [e.load(w, (kx * len(vectors) + q) * e.lanes) for q in range(len(vectors))]
-                for kx in sorted(used)
+                (line, kx, q): e.load(row, (kx * len(vectors) + q) * e.lanes)
+                for line, row in w.items()
+                for kx in used
+                for q in range(len(vectors))
             }
             for column, meets in sorted(columns.items()):
                 inputs = self._inputs(x, column * self.input_pixel, i)
                 for q, value in enumerate(inputs):
-                    for pixel, kx in meets:
-                        s = pixel * len(vectors) + q
-                        sums[s] = e.multiply_add(value, weights[kx][q], sums[s])
+                    for line in w:
+                        for pixel, kx in meets:
+                            s = (line * strip.size + pixel) * len(vectors) + q
+                            sums[s] = e.multiply_add(value, weights[line, kx, q], sums[s])
         return sums
 
     def _inputs(self, x: str, offset: int, i: int) -> Iterator[str]:

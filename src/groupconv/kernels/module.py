@@ -142,7 +142,7 @@ class _Work:
             e.do(f"%{argument} = load {kind}, ptr {place}")
         thread, threads = self._team()
         chunks = -(-conv.output_size[0] // self.tile.rows)
-        per_chunk = sum(-(-block.count // self.tile.blocks) for block in self.kinds)
+        per_chunk = sum(block.count for block in self.kinds)
         total = e.mul("%images", chunks * per_chunk)
         start = e.div(e.mul(total, thread), threads)
         stop = e.div(e.mul(total, e.add(thread, 1)), threads)
@@ -151,8 +151,8 @@ class _Work:
         staged = e.let("alloca i64")
         e.do(f"store i64 -1, ptr {staged}")
         with e.loop(start, stop) as task:
-            chunk, part = e.div(task, per_chunk), e.rem(task, per_chunk)
-            self._task(chunk, chunks, part, buffer, staged)
+            chunk, block = e.div(task, per_chunk), e.rem(task, per_chunk)
+            self._task(chunk, chunks, block, buffer, staged)
         e.do("ret void")
         return f"define internal void @{name}(ptr %record) #0 {{\n{e.text()}\n}}\n"
 
@@ -169,7 +169,7 @@ class _Work:
         thread, threads = (e.let(f"load i64, ptr {number}") for number in numbers)
         return thread, threads
 
-    def _task(self, chunk: Value, chunks: int, part: Value, buffer: str, staged: str) -> None:
+    def _task(self, chunk: Value, chunks: int, block: Value, buffer: str, staged: str) -> None:
         e, spec, conv = self.e, self.spec, self.spec.conv
         image, rows = e.div(chunk, chunks), e.rem(chunk, chunks)
         first = e.mul(rows, self.tile.rows)
@@ -177,15 +177,12 @@ class _Work:
         x = e.offset("%x", e.mul(image, conv.in_channels * math.prod(conv.input_size)))
         size = e.mul(image, conv.out_channels * math.prod(spec.output_tensor_size))
         y, residual = e.offset("%y", size), e.offset("%residual", size)
-        parts_before = weights_before = 0
+        blocks_before = weights_before = 0
         for kind, kernel in zip(self.kinds, self.kernels, strict=True):
-            parts = -(-kind.count // self.tile.blocks)
-            number = e.sub(part, parts_before)
-            with e.when(e.let(f"icmp ult i64 {number}, {parts}")):
-                begin = e.mul(number, self.tile.blocks)
-                end = e.min(e.add(begin, self.tile.blocks), kind.count)
+            index = e.sub(block, blocks_before)
+            with e.when(e.let(f"icmp ult i64 {index}, {kind.count}")):
                 w = e.offset("%w", weights_before)
-                first_output, first_input = kind.start(e, begin)
+                first_output, first_input = kind.start(e, index)
                 source, target = x, y
                 if self.inputs:
                     stage = self.inputs[kind.inputs]
@@ -194,14 +191,14 @@ class _Work:
                 if self.outputs:
                     results = e.offset(buffer, self.input_buffer)
                     target = e.offset(results, e.sub(0, e.mul(first, kernel.output_row)))
-                kernel.call(e, w, source, residual, target, begin, end, first, last)
+                kernel.call(e, w, source, residual, target, index, first, last)
                 if self.outputs:
                     width = conv.output_size[1]
                     self.outputs[kind.outputs].call(
                         e, results, residual, y, first_output,
                         e.mul(first, width), e.mul(e.sub(last, first), width),
                     )  # fmt: skip
-            parts_before += parts
+            blocks_before += kind.count
             weights_before += kind.count * kernel.weights
 
     def _stage(

@@ -10,12 +10,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from groupconv.kernels import cache, kernel
-from groupconv.kernels.blocks import blocks
+from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.forward import Tile, taps_at_once
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
@@ -26,6 +26,10 @@ from groupconv.timing import interleave
 _BUDGET, _MEASURING = 0.25, 0.1
 # Cycles until a sum can be added to again; two sums are begun in each cycle.
 _LATENCY, _PER_CYCLE = 4, 2
+# Cycles that a load costs beside the arithmetic.
+_LOAD = 0.3
+# Rows of a tile at most, and tiles that are measured.
+_LINES, _MOST = 4, 7
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
 
@@ -71,60 +75,69 @@ def _make(spec: KernelSpec, machine: Machine, measured: bool) -> Kernel:
 
 def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
     """Tiles worth measuring, the best on paper first."""
-    shapes: dict[tuple[int, ...], tuple[float, int, int]] = {}
+    ranked: dict[tuple[int, int, int], float] = {}
     for vectors in (1, 2, 3, 4):
         kinds = blocks(spec.conv, machine.lanes, vectors)
         size = max(len(block.vectors) for block in kinds)
-        for pixels in _pixels(spec, machine, size):
-            cycles = sum(
-                block.count * _cycles(spec, machine, pixels, len(block.vectors), block.scalar)
-                for block in kinds
-            )
-            shapes.setdefault((pixels, size), (cycles, pixels, vectors))
-    ranked = [Tile(p, v, *_passes(spec, machine, v)) for _, p, v in sorted(shapes.values())]
-    best = ranked[0]
-    height = spec.conv.output_size[0]
-    rows = [
-        Tile(best.pixels, best.vectors, r, best.channels)
-        for r in dict.fromkeys((height, max(1, best.rows // 4)))
-        if r != best.rows
-    ]
-    return [best, *ranked[1:3], *rows, *ranked[3:5]]
+        # Several rows at once pay where each loaded input meets few sums.
+        most = 1 if kinds[0].scalar or spec.conv.kernel_size[0] == 1 else _LINES
+        for lines in range(1, min(most, spec.conv.output_size[0]) + 1):
+            shapes = {
+                pixels: sum(
+                    block.count * _cycles(spec, machine, pixels, lines, block) for block in kinds
+                )
+                for pixels in _pixels(spec, machine, size * lines)
+            }
+            best = min(shapes, key=shapes.__getitem__)
+            ranked.setdefault((best, size, lines), shapes[best])
+    found = []
+    for pixels, vectors, lines in sorted(ranked, key=ranked.__getitem__):
+        rows, channels = _passes(spec, machine, vectors, lines)
+        found.append(Tile(pixels, vectors, rows, channels, lines))
+    best = found[0]
+    whole = -(-spec.conv.output_size[0] // best.lines) * best.lines
+    other = [replace(best, rows=whole)] if whole != best.rows else []
+    return [best, *found[1:4], *other, *found[4:_MOST]]
 
 
 def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
     """Output pixels of a tile: what registers hold beside the weights of all taps, or of some."""
     width, k = spec.conv.output_size[1], spec.conv.kernel_size[1]
-    found = []
+    found = set()
     for taps in {k, -(-k // 2), -(-k // 3), 1}:
         most = (machine.registers - 1 - taps * vectors) // vectors
         if most >= 1:
             # Tiles of about equal size.
-            found.append(math.ceil(width / math.ceil(width / most)))
-    return sorted(set(found)) or [1]
+            found.add(math.ceil(width / math.ceil(width / most)))
+            found.add(math.ceil(width / math.ceil(width / max(1, most // 2))))
+    return sorted(found) or [1]
 
 
-def _cycles(spec: KernelSpec, machine: Machine, pixels: int, vectors: int, scalar: bool) -> float:
-    """Guess of the cycles for one row of one block and input channel."""
-    conv = spec.conv
-    k, stride, dilation = conv.kernel_size[1], conv.stride[1], conv.dilation[1]
+def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: Block) -> float:
+    """Guess of the cycles for ``lines`` rows of one block and input channel, over lines."""
+    conv, vectors = spec.conv, len(block.vectors)
+    (height, k), (down, stride) = conv.kernel_size, conv.stride
+    spread = conv.dilation[1]
+    rows = {line * down + ky * conv.dilation[0] for line in range(lines) for ky in range(height)}
     total, width = 0.0, conv.output_size[1]
     for start in range(0, width, pixels):
         size = min(pixels, width - start)
-        at_once = taps_at_once(machine, size, vectors)
-        loads = float(k * vectors)
+        sums = lines * size * vectors
+        at_once = taps_at_once(machine, sums, vectors * lines)
+        loads = float(lines * height * k * vectors)
         for begin in range(0, k, at_once):
             taps = range(begin, min(k, begin + at_once))
-            columns = {p * stride + kx * dilation for p in range(size) for kx in taps}
-            loads += len(columns) * (1 if scalar else vectors)
-        sums = size * vectors
-        compute = max(sums * k / _PER_CYCLE, k * _LATENCY)
+            columns = {p * stride + kx * spread for p in range(size) for kx in taps}
+            loads += len(rows) * len(columns) * (1 if block.scalar else vectors)
+        compute = max(sums / _PER_CYCLE, _LATENCY) * height * k
         # Loads run beside the arithmetic, but not for nothing.
-        total += max(compute, loads / _PER_CYCLE) + 0.1 * loads
-    return total
+        total += max(compute, loads / _PER_CYCLE) + _LOAD * loads
+    return total / lines
 
 
-def _passes(spec: KernelSpec, machine: Machine, vectors: int) -> tuple[int, int]:
+def _passes(
+    spec: KernelSpec, machine: Machine, vectors: int, lines: int
+) -> tuple[int, int]:
     """Rows of a task and channels of a chunk: what stays close to the core."""
     conv = spec.conv
     row = 4 * (
@@ -134,6 +147,7 @@ def _passes(spec: KernelSpec, machine: Machine, vectors: int) -> tuple[int, int]
     height = conv.output_size[0]
     rows = min(height, max(1, _ROWS // row))
     rows = -(-height // -(-height // rows))
+    rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
     weights = 4 * math.prod(conv.kernel_size) * vectors * machine.lanes
     channels = width
