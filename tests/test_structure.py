@@ -27,8 +27,8 @@ LEVELS = [
 ORDER = {
     "kernels": [
         "spec", "reference", "machine", "emit", "activation", "blocks", "forward", "staging",
-        "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed", "weights",
-        "request", "native", "dispatch",
+        "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed",
+        "fingerprint", "weights", "request", "native", "dispatch",
     ],
     "nn": ["functional", "conv", "shuffle", "blocks"],
     "data": ["images", "sample"],

@@ -191,11 +191,7 @@ def choose(
         begun = time.perf_counter()
         like = aten(conv, input, weight, bias)
         spent = time.perf_counter() - begun
-        dense = input.is_contiguous() or is_channels_last(input)
-        channels_last = is_channels_last(input) if dense else is_channels_last(like)
-        request = Request(
-            conv, input.dtype, channels_last, is_channels_last(like), dense, bias is not None
-        )
+        request = Request.of(conv, input, bias, is_channels_last(like))
         refused = {way.name: way.why_not(request) for way in TABLE}
         runs = {way.name: way.prepare(request) for way in TABLE if refused[way.name] is None}
         best, *others = runs

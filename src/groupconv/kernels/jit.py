@@ -1,19 +1,16 @@
 """LLVM IR to machine code, and machine code into this process."""
 
-import ctypes
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 
 from groupconv.kernels.machine import Machine
-from groupconv.kernels.module import ARGUMENTS
 
-Function = Callable[..., None]
+Function = Callable[..., Any]
 
-_prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 2,
-                              *[ctypes.c_void_p] * 3)  # fmt: skip
 # LLVM's objects are not to be used by two threads at once.
 _lock = threading.Lock()
 
@@ -64,13 +61,12 @@ def _engine() -> llvm.ExecutionEngine:
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
 
 
-def load(code: bytes, name: str) -> Function:
-    """The function ``name`` of an object file, callable with the kernel's arguments."""
+def load(code: bytes, name: str, prototype: Callable[[int], Function]) -> Function:
+    """The function ``name`` of an object file, as ``prototype`` (a ctypes function type) has it."""
     with _lock:
         engine = _engine()
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         address = engine.get_function_address(name)
     assert address
-    assert len(ARGUMENTS) == len(_prototype._argtypes_)
-    return _prototype(address)
+    return prototype(address)

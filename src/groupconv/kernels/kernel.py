@@ -92,7 +92,7 @@ def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
     seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
     buffer = module.buffer_size(spec, machine, tile)
-    return Kernel(spec, machine, tile, jit.load(code, _NAME), buffer, seconds)
+    return Kernel(spec, machine, tile, jit.load(code, _NAME, module.PROTOTYPE), buffer, seconds)
 
 
 _NAME = "convolution"

@@ -5,6 +5,7 @@ blocks innermost, so that neighbouring tasks share their input. Every thread tak
 tasks. No sum depends on how the tasks are shared out.
 """
 
+import ctypes
 import math
 
 from groupconv.kernels.blocks import Block, blocks
@@ -20,6 +21,9 @@ ARGUMENTS = (
     "parallel", "thread_number", "thread_count",
 )  # fmt: skip
 _INTEGERS = ("images", "threads")
+PROTOTYPE = ctypes.CFUNCTYPE(
+    None, *(ctypes.c_int64 if name in _INTEGERS else ctypes.c_void_p for name in ARGUMENTS)
+)
 
 
 def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:

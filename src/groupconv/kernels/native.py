@@ -47,7 +47,7 @@ class Native:
         )
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution; tensors of any floating dtype, computed and rounded from float32."""
+        """The convolution; tensors of any floating dtype, computed in float32 and rounded once."""
         x = input
         if not self.ready:
             x = input.detach().to(torch.float32)
@@ -56,24 +56,31 @@ class Native:
             bias = None if bias is None else bias.detach().to(torch.float32)
         if bias is not None and not bias.is_contiguous():
             bias = bias.detach().contiguous()
-        weights = packed(weight, self.key, self._pack)
         y = torch.empty_strided(self.size, self.strides, dtype=torch.float32)
+        self.compute(x, packed(weight, self.key, self.pack), bias, y)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
+
+    def compute(
+        self, x: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, y: Tensor
+    ) -> None:
+        """Fill ``y`` from dense float32 tensors and packed weights."""
         if self.sparse:
             y.copy_(torch.zeros(()) if bias is None else bias.detach().reshape(-1, *self.ones))
         for kernel, w, offset in zip(self.kernels, weights, self.offsets, strict=True):
             kernel(x, w, bias, y, offset=offset)
-        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
-    def _pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        weight = weight.to(torch.float32)
-        if weight.ndim == 3:
-            weight = weight.unsqueeze(2)
-        if not self.request.conv.transposed:
-            return (self.kernels[0].pack(weight),)
-        return tuple(
-            kernel.pack(part.weight(weight))
-            for kernel, part in zip(self.kernels, self.parts, strict=True)
-        )
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """``weight`` as :meth:`compute` takes it."""
+        with torch.no_grad():
+            weight = weight.to(torch.float32)
+            if weight.ndim == 3:
+                weight = weight.unsqueeze(2)
+            if not self.request.conv.transposed:
+                return (self.kernels[0].pack(weight),)
+            return tuple(
+                kernel.pack(part.weight(weight))
+                for kernel, part in zip(self.kernels, self.parts, strict=True)
+            )
 
 
 def _format(channels_last: bool) -> torch.memory_format:

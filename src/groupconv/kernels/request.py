@@ -28,6 +28,15 @@ class Request:
     dense: bool
     bias: bool
 
+    @classmethod
+    def of(
+        cls, conv: ConvSpec, input: Tensor, bias: Tensor | None, channels_last_output: bool
+    ) -> "Request":
+        dense = input.is_contiguous() or is_channels_last(input)
+        # What is neither is copied once, into the layout of the output.
+        channels_last = is_channels_last(input) if dense else channels_last_output
+        return cls(conv, input.dtype, channels_last, channels_last_output, dense, bias is not None)
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` is NHWC in memory and can't be read as NCHW."""

@@ -88,8 +88,8 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
                 )
                 for pixels in _pixels(spec, machine, size * lines)
             }
-            best = min(shapes, key=shapes.__getitem__)
-            ranked.setdefault((best, size, lines), shapes[best])
+            pixels = min(shapes, key=shapes.__getitem__)
+            ranked.setdefault((pixels, size, lines), shapes[pixels])
     found = []
     for pixels, vectors, lines in sorted(ranked, key=ranked.__getitem__):
         rows, channels = _passes(spec, machine, vectors, lines)
@@ -135,9 +135,7 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
     return total / lines
 
 
-def _passes(
-    spec: KernelSpec, machine: Machine, vectors: int, lines: int
-) -> tuple[int, int]:
+def _passes(spec: KernelSpec, machine: Machine, vectors: int, lines: int) -> tuple[int, int]:
     """Rows of a task and channels of a chunk: what stays close to the core."""
     conv = spec.conv
     row = 4 * (

@@ -1,11 +1,10 @@
 """Packed weights, kept beside the tensor that they were made from.
 
 A tensor can change without any sign of it: ``.data``, ``detach()`` and ``numpy()`` hand out its
-memory, and writing there leaves its version as it was. So the bytes themselves are compared with
-a copy before each use, which costs a small part of the convolution that follows.
+memory, and writing there leaves its version as it was. So before each use the numbers themselves
+are compared, by their fingerprint, which costs a small part of the convolution that follows.
 """
 
-import ctypes
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -13,17 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_compare = ctypes.CDLL(None).memcmp
-_compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+from groupconv.kernels.fingerprint import fingerprint, words
+from groupconv.kernels.machine import runnable
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
+    """What was packed from a tensor, and the fingerprint that the tensor had."""
+
     owner: weakref.ref[Tensor]
-    copy: Tensor
-    pointer: int
-    size: int
     stride: tuple[int, ...]
+    words: int
+    state: Tensor
+    state_pointer: int
     packed: tuple[Tensor, ...]
 
 
@@ -45,15 +46,24 @@ def packed(
         entry is not None
         and entry.owner() is weight
         and entry.stride == weight.stride()
-        and not _compare(entry.pointer, weight.data_ptr(), entry.size)
+        and not fingerprint()(weight.data_ptr(), entry.words, entry.state_pointer, None)
     ):
         return entry.packed
-    with torch.no_grad():
-        # First the copy: were the weights changed meanwhile, it would not match the next time.
-        copy = weight.detach().clone()
-        result = pack(copy)
-    # A copy is dense; weights that are not are packed each time.
-    if copy.stride() == weight.stride():
-        owner = weakref.ref(weight, lambda _: _entries.pop(name, None))
-        _entries[name] = _Entry(owner, copy, copy.data_ptr(), copy.nbytes, copy.stride(), result)
+    # Weights with gaps between them, or half a word too long, are packed each time.
+    if weight.nbytes % 4 or not _dense(weight):
+        return pack(weight.detach())
+    # The fingerprint comes first: were the weights changed meanwhile, it would not match again.
+    state = torch.zeros(words(runnable()[0]), dtype=torch.int32)
+    fingerprint()(weight.data_ptr(), weight.nbytes // 4, state.data_ptr(), state.data_ptr())
+    owner = weakref.ref(weight, lambda _: _entries.pop(name, None))
+    result = pack(weight.detach())
+    _entries[name] = _Entry(
+        owner, weight.stride(), weight.nbytes // 4, state, state.data_ptr(), result
+    )
     return result
+
+
+def _dense(weight: Tensor) -> bool:
+    return weight.is_contiguous() or (
+        weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    )
