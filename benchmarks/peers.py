@@ -9,6 +9,8 @@ from torch import Tensor
 from benchmarks.engine import Prepare, Ready, padded, symmetric, unsupported
 from benchmarks.litert_peer import litert
 from benchmarks.onnx_peers import onnx_runtime, openvino
+from groupconv.kernels.native import Native
+from groupconv.kernels.request import Request
 from groupconv.kernels.spec import ConvSpec
 from groupconv.nn.functional import group_conv1d, group_conv2d
 
@@ -35,21 +37,34 @@ def eager_channels_last(
 def groupconv(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
 ) -> Ready | str:
-    """Ours, on an input whose channels lie next to each other."""
-    return _torch((group_conv1d, group_conv2d), spec, weight, bias, input, threads, last=True)
+    """Our kernel on channels_last tensors (1-d: contiguous ones).
+
+    As with the runtimes, the weights are constants, packed before, and the output lies ready.
+    """
+    return _kernel(spec, weight, bias, input, threads, last=len(spec.input_size) == 2)
 
 
 def groupconv_contiguous(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
 ) -> Ready | str:
-    """Ours, on a contiguous input."""
-    return _torch((group_conv1d, group_conv2d), spec, weight, bias, input, threads, last=False)
+    """Our kernel on contiguous tensors."""
+    return _kernel(spec, weight, bias, input, threads, last=False)
+
+
+def groupconv_eager(
+    spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
+) -> Ready | str:
+    """The function that layers call, on channels_last tensors (1-d: contiguous ones): it looks
+    for changed weights and allocates its output, as eager PyTorch does."""
+    last = len(spec.input_size) == 2
+    return _torch((group_conv1d, group_conv2d), spec, weight, bias, input, threads, last=last)
 
 
 OURS = "groupconv"
 ENGINES: dict[str, Prepare] = {
     OURS: groupconv,
     "groupconv NCHW": groupconv_contiguous,
+    "groupconv eager": groupconv_eager,
     "eager NCHW": eager,
     "eager channels_last": eager_channels_last,
     "ONNX Runtime": onnx_runtime,
@@ -58,6 +73,40 @@ ENGINES: dict[str, Prepare] = {
 }
 PEERS = [name for name in ENGINES if not name.startswith(OURS)]
 LIBRARIES = ("torch", "onnx", "onnxruntime", "openvino", "ai-edge-litert", "tensorflow-cpu")
+
+
+def _kernel(
+    spec: ConvSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    input: Tensor,
+    threads: int,
+    *,
+    last: bool,
+) -> Ready | str:
+    reason = unsupported(spec)
+    if reason:
+        return reason
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    native = Native(Request(spec, torch.float32, last, last, dense=True, bias=bias is not None))
+    x = _channels_last(input) if last else input.contiguous()
+    y = torch.empty(spec.batch, spec.out_channels, *spec.output_size)
+    y = _channels_last(y) if last else y
+    weights = native.pack(weight)
+
+    def output() -> Tensor:
+        y.fill_(float("nan"))
+        native.compute(x, weights, bias, y)
+        return y.contiguous()
+
+    layout = ("NHWC" if last else "NCHW") if len(spec.input_size) == 2 else "NCL"
+    return Ready(
+        run=lambda: native.compute(x, weights, bias, y),
+        output=output,
+        layout=layout,
+        spin=_SPIN if threads > 1 else 0.0,
+    )
 
 
 def _torch(
@@ -81,7 +130,7 @@ def _torch(
     function = functions[dims - 1]
     if last:
         input = _channels_last(input)
-        # Ours packs the weights as a module holds them, once.
+        # Ours takes the weights as a module holds them.
         if function is F.conv2d:
             weight = _channels_last(weight)
     pads = tuple(before for before, _ in spec.padding)

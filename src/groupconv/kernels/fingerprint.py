@@ -89,7 +89,7 @@ def emit(machine: Machine) -> str:
         [
             f'target triple = "{machine.triple}"',
             *sorted(e.declarations),
-            f"define i64 @{_NAME}(ptr %data, i64 %words, ptr %expected, ptr %found) {{",
+            f"define i64 @{_NAME}(ptr %data, i64 %words, ptr %expected, ptr %found) nounwind {{",
             f"{e.text()}\n}}",
         ]
     )

@@ -58,7 +58,9 @@ def _engine() -> llvm.ExecutionEngine:
     """The one engine that owns all code of this process."""
     _initialize()
     target = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target)
+    # llvmlite's own memory manager keeps the sections of an object together: code reaches its
+    # constants by 32-bit distances.
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target, use_lmm=True)
 
 
 def load(code: bytes, name: str, prototype: Callable[[int], Function]) -> Function:

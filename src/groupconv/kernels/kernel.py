@@ -1,5 +1,6 @@
 """Kernel: generated code with what it needs to be called."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,7 @@ class Kernel:
 
 def compile(spec: KernelSpec, machine: Machine, tile: Tile) -> bytes:
     """The object file of a kernel."""
-    return jit.compile_object(module.emit(spec, machine, tile, _NAME), machine)
+    return jit.compile_object(module.emit(spec, machine, tile, _name(spec, machine, tile)), machine)
 
 
 def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
@@ -92,7 +93,16 @@ def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
     seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
     buffer = module.buffer_size(spec, machine, tile)
-    return Kernel(spec, machine, tile, jit.load(code, _NAME, module.PROTOTYPE), buffer, seconds)
+    return Kernel(
+        spec,
+        machine,
+        tile,
+        jit.load(code, _name(spec, machine, tile), module.PROTOTYPE),
+        buffer,
+        seconds,
+    )
 
 
-_NAME = "convolution"
+def _name(spec: KernelSpec, machine: Machine, tile: Tile) -> str:
+    """The name of the function: no two kernels in a process may share one."""
+    return "convolution_" + hashlib.sha256(repr((spec, machine, tile)).encode()).hexdigest()[:32]
