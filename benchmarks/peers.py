@@ -37,11 +37,11 @@ def eager_channels_last(
 def groupconv(
     spec: ConvSpec, weight: Tensor, bias: Tensor | None, input: Tensor, threads: int
 ) -> Ready | str:
-    """Our kernel on channels_last tensors (1-d: contiguous ones).
+    """Our kernel on channels_last tensors.
 
     As with the runtimes, the weights are constants, packed before, and the output lies ready.
     """
-    return _kernel(spec, weight, bias, input, threads, last=len(spec.input_size) == 2)
+    return _kernel(spec, weight, bias, input, threads, last=True)
 
 
 def groupconv_contiguous(
@@ -89,6 +89,7 @@ def _kernel(
         return reason
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    dims = len(spec.input_size)
     native = Native(Request(spec, torch.float32, last, last, dense=True, bias=bias is not None))
     x = _channels_last(input) if last else input.contiguous()
     y = torch.empty(spec.batch, spec.out_channels, *spec.output_size)
@@ -100,9 +101,15 @@ def _kernel(
         native.compute(x, weights, bias, y)
         return y.contiguous()
 
-    layout = ("NHWC" if last else "NCHW") if len(spec.input_size) == 2 else "NCL"
+    (kernel,) = native.kernels
+    pointers, buffer = kernel.arguments(x, weights[0], bias, y)
+
+    def run(buffer: Tensor | None = buffer) -> None:
+        kernel.function(*pointers)
+
+    layout = ("NLC" if dims == 1 else "NHWC") if last else ("NCL" if dims == 1 else "NCHW")
     return Ready(
-        run=lambda: native.compute(x, weights, bias, y),
+        run=run,
         output=output,
         layout=layout,
         spin=_SPIN if threads > 1 else 0.0,

@@ -268,6 +268,12 @@ class Emitter:
         place = self.let(f"getelementptr i64, ptr {pointer}, i64 {index}")
         return self.let(f"load i64, ptr {place}, align 8")
 
+    def prefetch(self, pointer: str, offset: Value) -> None:
+        """Ask for a line of memory that will be read; any address will do."""
+        self.declarations.add("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        place = self.offset(pointer, offset)
+        self.do(f"call void @llvm.prefetch.p0(ptr {place}, i32 0, i32 3, i32 1)")
+
     def broadcast(self, pointer: str, offset: Value = 0) -> str:
         """One value from memory in every lane."""
         value = self.let(f"load float, ptr {self.offset(pointer, offset)}, align 4")

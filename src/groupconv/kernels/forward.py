@@ -17,6 +17,8 @@ from groupconv.kernels.spec import ConvSpec, KernelSpec
 
 # Multiply-adds up to which the loop over input channels is unrolled, to make its own cost small.
 _LOOP_BODY = 96
+# Values in a line of memory.
+_LINE = 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Tile:
         rows: output rows that pass before the next block of channels is taken.
         channels: input channels that pass before the next rows are taken.
         lines: rows of output pixels whose sums are kept in registers.
+        ahead: whether the rows that come next are asked for while these are computed, for tensors
+            that come from far away; only where channels lie side by side in a vector.
     """
 
     pixels: int
@@ -36,6 +40,7 @@ class Tile:
     rows: int
     channels: int
     lines: int = 1
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,8 @@ class BlockFunction:
         left = e.sub(e.mul(column, conv.stride[1]), conv.padding[1][0])
         corner = e.offset(x, e.mul(left, self.input_pixel))
         top = e.sub(e.mul(row, conv.stride[0]), conv.padding[0][0])
+        if self.tile.ahead and not block.scalar:
+            self._ask_ahead(strip, lines, corner, top)
         if lines == 1:
             sums = self._one_line(strip, corner, w, top, low, high, channel, sums)
         else:
@@ -214,6 +221,18 @@ class BlockFunction:
                 sums = self._finish(sums, added, places)
         for value, place in zip(sums, places, strict=True):
             e.store(value, target, *place)
+
+    def _ask_ahead(self, strip: Strip, lines: int, x: str, top: Value) -> None:
+        """Ask for the rows of the input that the next rows of outputs are the first to need."""
+        e, conv = self.e, self.conv
+        new = lines * conv.stride[0]
+        reach = (lines - 1) * conv.stride[0] + (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+        x = e.offset(x, e.mul(e.add(top, reach), self.input_row))
+        for row in range(new):
+            for column in range(strip.size * conv.stride[1]):
+                for channel in range(0, self.block.inputs, _LINE):
+                    at = row * self.input_row + column * self.input_pixel + channel
+                    e.prefetch(x, at)
 
     def _finish(self, sums: list[str], residual: str, places: list[tuple[int, int]]) -> list[str]:
         e, spec = self.e, self.spec

@@ -51,7 +51,21 @@ class Kernel:
         order: Tensor | None = None,
         offset: int = 0,
     ) -> None:
-        """Compute ``y``. All tensors are float32 and dense in the layouts of the spec.
+        """Compute ``y``; see :meth:`arguments`."""
+        pointers, _buffer = self.arguments(x, packed, bias, y, residual, order, offset)
+        self.function(*pointers)
+
+    def arguments(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        residual: Tensor | None = None,
+        order: Tensor | None = None,
+        offset: int = 0,
+    ) -> tuple[tuple[int | None, ...], Tensor | None]:
+        """What ``function`` takes to compute ``y``, and a buffer to keep while it runs. All tensors are float32 and dense in the layouts of the spec.
 
         Args:
             x: ``(N, in_channels, H, W)``.
@@ -67,7 +81,7 @@ class Kernel:
             threads = 1
         buffer = torch.empty(threads * self.buffer, dtype=torch.float32) if self.buffer else None
         pool = openmp.pool()
-        self.function(
+        pointers = (
             x.data_ptr(),
             packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -79,6 +93,7 @@ class Kernel:
             threads,
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
         )
+        return pointers, buffer
 
 
 def compile(spec: KernelSpec, machine: Machine, tile: Tile) -> bytes:

@@ -23,12 +23,13 @@ class Native:
     def __init__(self, request: Request) -> None:
         self.request = request
         conv = _on_two_axes(replace(request.conv, batch=1))
-        size = (request.conv.out_channels, *request.conv.output_size)
         # The batch is that of the request: a call with another is another request.
-        like = torch.empty(
-            (request.conv.batch, *size), memory_format=_format(request.channels_last_output),
-            device="meta",
-        )  # fmt: skip
+        like = _layout(
+            torch.empty(
+                request.conv.batch, conv.out_channels, *request.conv.output_size, device="meta"
+            ),
+            request.channels_last_output,
+        )
         self.size, self.strides = like.shape, like.stride()
         self.ones = [1] * len(request.conv.output_size)
         self.ready = request.dense and request.dtype == torch.float32
@@ -36,7 +37,10 @@ class Native:
         # Outputs that no tap reaches hold the bias alone.
         covered = sum(math.prod(part.conv.output_size) for part in self.parts)
         self.sparse = covered < math.prod(conv.output_size)
-        self.kernels = [tuning.tuned(_kernel_spec(request, conv, part)) for part in self.parts]
+        self.kernels = [
+            tuning.tuned(_kernel_spec(request, conv, part), request.conv.batch)
+            for part in self.parts
+        ]
         pixel = conv.out_channels if request.channels_last_output else 1
         self.offsets = [
             pixel * (part.start[0] * conv.output_size[1] + part.start[1]) for part in self.parts
@@ -52,7 +56,7 @@ class Native:
         if not self.ready:
             x = input.detach().to(torch.float32)
             if not self.request.dense:
-                x = x.contiguous(memory_format=_format(self.request.channels_last_input))
+                x = _layout(x, self.request.channels_last_input)
             bias = None if bias is None else bias.detach().to(torch.float32)
         if bias is not None and not bias.is_contiguous():
             bias = bias.detach().contiguous()
@@ -83,8 +87,9 @@ class Native:
             )
 
 
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _layout(x: Tensor, channels_last: bool) -> Tensor:
+    """``x`` dense in memory, its channels innermost or not."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
 
 
 def _on_two_axes(conv: ConvSpec) -> ConvSpec:

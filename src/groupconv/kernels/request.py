@@ -39,10 +39,13 @@ class Request:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` is NHWC in memory and can't be read as NCHW."""
-    return (
-        x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    )
+    """Whether the channels of ``x`` lie innermost in memory, and it can't be read otherwise."""
+    if x.is_contiguous():
+        return False
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    # torch has no name for it, but takes and returns such sequences all the same.
+    return x.ndim == 3 and x.transpose(1, 2).is_contiguous()
 
 
 def why_lowered(*tensors: Tensor | None) -> str | None:

@@ -32,6 +32,8 @@ _LOAD = 0.3
 _LINES, _MOST = 4, 7
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
+# Bytes of input and output that the caches hold between two layers.
+_NEAR = 2**22
 
 
 def tuning() -> bool:
@@ -39,38 +41,51 @@ def tuning() -> bool:
     return os.environ.get("GROUPCONV_TUNE", "1") != "0"
 
 
-def tuned(spec: KernelSpec, machine: Machine | None = None) -> Kernel:
-    """The kernel for ``spec``: from this process, from the code cache, or made now."""
+def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> Kernel:
+    """The kernel for ``spec``: from this process, from the code cache, or made now.
+
+    Args:
+        images: about how many images it will be called with.
+    """
     machine = machine or runnable()[0]
-    key = (spec, machine, tuning())
+    far = images * _bytes(spec) > _NEAR
+    key = (spec, machine, tuning(), far)
     with _lock:
         if key not in _known:
             _known[key] = _recall(*key) or _make(*key)
         return _known[key]
 
 
-_known: dict[tuple[KernelSpec, Machine, bool], Kernel] = {}
+_known: dict[tuple[KernelSpec, Machine, bool, bool], Kernel] = {}
 _lock = threading.Lock()
 
 
-def _recall(spec: KernelSpec, machine: Machine, measured: bool) -> Kernel | None:
-    entry = cache.read(cache.key(spec, machine, measured))
+def _recall(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel | None:
+    entry = cache.read(cache.key(spec, machine, measured, far))
     if entry is None:
         return None
     head, _, code = entry.partition(b"\n")
     return kernel.load(spec, machine, Tile(**json.loads(head)), code)
 
 
-def _make(spec: KernelSpec, machine: Machine, measured: bool) -> Kernel:
-    choices = candidates(spec, machine)
+def _make(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel:
+    choices = [replace(tile, ahead=far) for tile in candidates(spec, machine)]
     if measured:
-        code, made = _measure(spec, machine, choices)
+        images = -(-4 * _NEAR // _bytes(spec)) if far else 1
+        code, made = _measure(spec, machine, choices, images)
     else:
         code = kernel.compile(spec, machine, choices[0])
         made = kernel.load(spec, machine, choices[0], code)
     head = json.dumps(asdict(made.tile)).encode()
-    cache.write(cache.key(spec, machine, measured), head + b"\n" + code)
+    cache.write(cache.key(spec, machine, measured, far), head + b"\n" + code)
     return made
+
+
+def _bytes(spec: KernelSpec) -> int:
+    """Of one image, before and after."""
+    conv = spec.conv
+    pixels = conv.in_channels * math.prod(conv.input_size)
+    return 4 * (pixels + conv.out_channels * math.prod(conv.output_size))
 
 
 def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
@@ -154,7 +169,9 @@ def _passes(spec: KernelSpec, machine: Machine, vectors: int, lines: int) -> tup
     return rows, channels
 
 
-def _measure(spec: KernelSpec, machine: Machine, choices: list[Tile]) -> tuple[bytes, Kernel]:
+def _measure(
+    spec: KernelSpec, machine: Machine, choices: list[Tile], images: int
+) -> tuple[bytes, Kernel]:
     """Compile and time candidates until the time is spent; the fastest, and its code."""
     begun = time.perf_counter()
     codes: list[bytes] = []
@@ -168,23 +185,23 @@ def _measure(spec: KernelSpec, machine: Machine, choices: list[Tile]) -> tuple[b
         codes.append(kernel.compile(spec, machine, tile))
         kernels.append(kernel.load(spec, machine, tile, codes[-1]))
         if not single:
-            first = _call(kernels[0])
+            first = _call(kernels[0], images)
             first()
             start = time.perf_counter()
             first()
             single = time.perf_counter() - start
     left = max(0.0, _BUDGET - (time.perf_counter() - begun))
-    calls = {str(i): _call(made) for i, made in enumerate(kernels)}
+    calls = {str(i): _call(made, images) for i, made in enumerate(kernels)}
     times = interleave(calls, seconds=min(left, _MEASURING), min_runs=2, max_runs=60)
     best = min(range(len(kernels)), key=lambda i: times[str(i)].q1)
     return codes[best], kernels[best]
 
 
-def _call(made: Kernel) -> Callable[[], None]:
+def _call(made: Kernel, images: int = 1) -> Callable[[], None]:
     """A call of a kernel on random numbers."""
     spec, conv = made.spec, made.spec.conv
-    x = _random(spec.channels_last_input, 1, conv.in_channels, *conv.input_size)
-    y = _random(spec.channels_last_output, 1, conv.out_channels, *spec.output_tensor_size)
+    x = _random(spec.channels_last_input, images, conv.in_channels, *conv.input_size)
+    y = _random(spec.channels_last_output, images, conv.out_channels, *spec.output_tensor_size)
     packed = made.pack(_random(False, *conv.weight_shape))
     bias = _random(False, conv.out_channels) if spec.bias else None
     residual = y.clone() if spec.residual else None
