@@ -28,8 +28,10 @@ class Tile:
     Args:
         pixels: neighbouring output pixels whose sums are kept in registers.
         vectors: vectors of output channels beside them.
-        rows: output rows that pass before the next block of channels is taken.
+        rows: output rows that pass before the next blocks of channels are taken.
         channels: input channels that pass before the next rows are taken.
+        blocks: blocks of channels that are finished before the next pixels are taken; one where
+            the rows are staged.
         lines: rows of output pixels whose sums are kept in registers.
         ahead: whether the rows that come next are asked for while these are computed, for tensors
             that come from far away; only where channels lie side by side in a vector.
@@ -39,6 +41,7 @@ class Tile:
     vectors: int
     rows: int
     channels: int
+    blocks: int = 1
     lines: int = 1
     ahead: bool = False
 
@@ -99,10 +102,9 @@ class BlockFunction:
         self.spec, self.conv, self.block, self.tile, self.name = spec, spec.conv, block, tile, name
         self.e = Emitter(machine)
         conv = spec.conv
-        self.staged_input = spec.ordered or not spec.channels_last_input
         self.staged_output = not spec.channels_last_output
         # Distances in elements between neighbouring pixels and rows.
-        self.input_pixel = block.inputs if self.staged_input else conv.in_channels
+        self.input_pixel = block.inputs if spec.staged_input else conv.in_channels
         self.input_row = self.input_pixel * conv.input_size[1]
         if self.staged_output:
             self.output_pixel = block.outputs
@@ -129,15 +131,15 @@ class BlockFunction:
         e.do("ret void")
         return (
             f"define internal void @{self.name}(ptr noalias %x, ptr noalias %w, ptr noalias %bias, "
-            f"ptr %residual, ptr %y, i64 %index, i64 %first, i64 %last) #0 {{\n"
+            f"ptr %residual, ptr %y, i64 %begin, i64 %end, i64 %first, i64 %last) #0 {{\n"
             f"{e.text()}\n}}\n"
         )
 
     def call(self, e: Emitter, w: str, x: str, residual: str, y: str, *rest: Value) -> None:
-        index, first, last = rest
+        begin, end, first, last = rest
         e.do(
             f"call void @{self.name}(ptr {x}, ptr {w}, ptr %bias, ptr {residual}, ptr {y}, "
-            f"i64 {index}, i64 {first}, i64 {last})"
+            f"i64 {begin}, i64 {end}, i64 {first}, i64 {last})"
         )
 
     def _rows(self, start: Value, stop: Value, lines: int, channel: Value) -> None:
@@ -146,9 +148,9 @@ class BlockFunction:
         with e.loop(start, stop, lines) as row:
             low, high = self._kernel_rows(row) if lines == 1 else (0, 0)
             for strip in strips(self.conv, self.tile.pixels):
-                with e.loop(0, strip.count) as number:
+                with e.loop(0, strip.count) as number, e.loop("%begin", "%end") as index:
                     column = e.add(strip.start, e.mul(number, strip.size))
-                    self._tile(strip, lines, row, column, low, high, channel)
+                    self._tile(strip, lines, index, row, column, low, high, channel)
 
     def _kernel_rows(self, row: Value) -> tuple[Value, Value]:
         """The rows of the kernel that fall inside the image for an output row."""
@@ -165,6 +167,7 @@ class BlockFunction:
         self,
         strip: Strip,
         lines: int,
+        index: Value,
         row: Value,
         column: Value,
         low: Value,
@@ -172,9 +175,9 @@ class BlockFunction:
         channel: Value,
     ) -> None:
         e, conv, block = self.e, self.conv, self.block
-        first_output, first_input = block.start(e, "%index")
-        x = "%x" if self.staged_input else e.offset("%x", first_input)
-        w = e.offset("%w", e.mul("%index", self.weights))
+        first_output, first_input = block.start(e, index)
+        x = "%x" if self.spec.staged_input else e.offset("%x", first_input)
+        w = e.offset("%w", e.mul(index, self.weights))
         at = e.add(e.mul(row, self.output_row), e.mul(column, self.output_pixel))
         if not self.staged_output:
             at = e.add(at, first_output)

@@ -65,7 +65,9 @@ class Kernel:
         order: Tensor | None = None,
         offset: int = 0,
     ) -> tuple[tuple[int | None, ...], Tensor | None]:
-        """What ``function`` takes to compute ``y``, and a buffer to keep while it runs. All tensors are float32 and dense in the layouts of the spec.
+        """What ``function`` takes to compute ``y``, and a buffer to keep while it runs.
+
+        All tensors are float32 and dense in the layouts of the spec.
 
         Args:
             x: ``(N, in_channels, H, W)``.

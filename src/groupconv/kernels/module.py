@@ -42,7 +42,7 @@ def _input_rows(spec: KernelSpec, rows: int) -> int:
 
 
 def _input_buffer(spec: KernelSpec, kinds: list[Block], tile: Tile) -> int:
-    if spec.channels_last_input and not spec.ordered:
+    if not spec.staged_input:
         return 0
     rows = _input_rows(spec, tile.rows) * spec.conv.input_size[1]
     return _whole_lines(rows * max(block.inputs for block in kinds))
@@ -62,6 +62,7 @@ def _whole_lines(elements: int) -> int:
 
 def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
     """The module; its function ``name`` takes :data:`ARGUMENTS`."""
+    assert tile.blocks == 1 or not spec.staged
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     kernels = [
         BlockFunction(spec, block, machine, tile, f"block{i}") for i, block in enumerate(kinds)
@@ -69,7 +70,7 @@ def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
     inputs = {
         n: InputStage(spec, machine, n, f"input{n}")
         for n in sorted({block.inputs for block in kinds})
-        if spec.ordered or not spec.channels_last_input
+        if spec.staged_input
     }
     outputs = {
         n: OutputStage(spec, machine, n, f"output{n}")
@@ -146,7 +147,7 @@ class _Work:
             e.do(f"%{argument} = load {kind}, ptr {place}")
         thread, threads = self._team()
         chunks = -(-conv.output_size[0] // self.tile.rows)
-        per_chunk = sum(block.count for block in self.kinds)
+        per_chunk = sum(-(-block.count // self.tile.blocks) for block in self.kinds)
         total = e.mul("%images", chunks * per_chunk)
         start = e.div(e.mul(total, thread), threads)
         stop = e.div(e.mul(total, e.add(thread, 1)), threads)
@@ -155,8 +156,8 @@ class _Work:
         staged = e.let("alloca i64")
         e.do(f"store i64 -1, ptr {staged}")
         with e.loop(start, stop) as task:
-            chunk, block = e.div(task, per_chunk), e.rem(task, per_chunk)
-            self._task(chunk, chunks, block, buffer, staged)
+            chunk, part = e.div(task, per_chunk), e.rem(task, per_chunk)
+            self._task(chunk, chunks, part, buffer, staged)
         e.do("ret void")
         return f"define internal void @{name}(ptr %record) #0 {{\n{e.text()}\n}}\n"
 
@@ -173,7 +174,7 @@ class _Work:
         thread, threads = (e.let(f"load i64, ptr {number}") for number in numbers)
         return thread, threads
 
-    def _task(self, chunk: Value, chunks: int, block: Value, buffer: str, staged: str) -> None:
+    def _task(self, chunk: Value, chunks: int, part: Value, buffer: str, staged: str) -> None:
         e, spec, conv = self.e, self.spec, self.spec.conv
         image, rows = e.div(chunk, chunks), e.rem(chunk, chunks)
         first = e.mul(rows, self.tile.rows)
@@ -181,12 +182,15 @@ class _Work:
         x = e.offset("%x", e.mul(image, conv.in_channels * math.prod(conv.input_size)))
         size = e.mul(image, conv.out_channels * math.prod(spec.output_tensor_size))
         y, residual = e.offset("%y", size), e.offset("%residual", size)
-        blocks_before = weights_before = 0
+        parts_before = weights_before = 0
         for kind, kernel in zip(self.kinds, self.kernels, strict=True):
-            index = e.sub(block, blocks_before)
-            with e.when(e.let(f"icmp ult i64 {index}, {kind.count}")):
+            parts = -(-kind.count // self.tile.blocks)
+            number = e.sub(part, parts_before)
+            with e.when(e.let(f"icmp ult i64 {number}, {parts}")):
+                begin = e.mul(number, self.tile.blocks)
+                end = e.min(e.add(begin, self.tile.blocks), kind.count)
                 w = e.offset("%w", weights_before)
-                first_output, first_input = kind.start(e, index)
+                first_output, first_input = kind.start(e, begin)
                 source, target = x, y
                 if self.inputs:
                     stage = self.inputs[kind.inputs]
@@ -195,14 +199,14 @@ class _Work:
                 if self.outputs:
                     results = e.offset(buffer, self.input_buffer)
                     target = e.offset(results, e.sub(0, e.mul(first, kernel.output_row)))
-                kernel.call(e, w, source, residual, target, index, first, last)
+                kernel.call(e, w, source, residual, target, begin, end, first, last)
                 if self.outputs:
                     width = conv.output_size[1]
                     self.outputs[kind.outputs].call(
                         e, results, residual, y, first_output,
                         e.mul(first, width), e.mul(e.sub(last, first), width),
                     )  # fmt: skip
-            blocks_before += kind.count
+            parts_before += parts
             weights_before += kind.count * kernel.weights
 
     def _stage(

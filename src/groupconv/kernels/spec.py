@@ -209,6 +209,16 @@ class KernelSpec:
             )
 
     @property
+    def staged_input(self) -> bool:
+        """Whether rows of the input are brought into another order before they are used."""
+        return self.ordered or not self.channels_last_input
+
+    @property
+    def staged(self) -> bool:
+        """Whether rows of input or output are."""
+        return self.staged_input or not self.channels_last_output
+
+    @property
     def output_tensor_size(self) -> tuple[int, ...]:
         """Spatial size of the tensor that is written."""
         return self.written_size or self.conv.output_size

@@ -108,11 +108,14 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
     found = []
     for pixels, vectors, lines in sorted(ranked, key=ranked.__getitem__):
         rows, channels = _passes(spec, machine, vectors, lines)
-        found.append(Tile(pixels, vectors, rows, channels, lines))
-    best = found[0]
-    whole = -(-spec.conv.output_size[0] // best.lines) * best.lines
+        found.append(Tile(pixels, vectors, rows, channels, lines=lines))
+    best, height = found[0], spec.conv.output_size[0]
+    whole = -(-height // best.lines) * best.lines
     other = [replace(best, rows=whole)] if whole != best.rows else []
-    return [best, *found[1:4], *other, *found[4:_MOST]]
+    if height == 1 and not kinds[0].scalar and not spec.staged:
+        # A long row of many channels is read in the order of memory.
+        other = [replace(tile, blocks=spec.conv.groups) for tile in found[:2]]
+    return [best, *other, *found[1:_MOST]]
 
 
 def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
