@@ -30,7 +30,7 @@ ORDER = {
         "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed",
         "fingerprint", "weights", "request", "native", "dispatch",
     ],
-    "nn": ["functional", "conv", "shuffle", "blocks"],
+    "nn": ["functional", "conv", "explain", "shuffle", "blocks"],
     "data": ["images", "sample"],
     "targets": ["base", "eager", "table"],
     "report": ["pictures", "table", "page"],
@@ -39,7 +39,9 @@ ORDER = {
         "budget", "fold", "convert", "evaluate", "refit", "recover", "plan", "choose", "summary",
         "pipeline",
     ],
-    "cli": ["console", "models", "profile", "optimize", "demo", "app"],
+    "cli": [
+        "console", "models", "profile", "optimize", "demo", "explain", "cache", "doctor", "app",
+    ],
 }  # fmt: skip
 
 
@@ -91,11 +93,13 @@ def test_public_names() -> None:
         "ArgumentError",
         "BudgetError",
         "DataError",
+        "Explanation",
         "GroupConvError",
         "Plan",
         "Profile",
         "Result",
         "__version__",
+        "explain",
         "load",
         "nn",
         "optimize",

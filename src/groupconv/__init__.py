@@ -2,6 +2,7 @@
 
 from groupconv import nn
 from groupconv.errors import ArgumentError, BudgetError, DataError, GroupConvError
+from groupconv.nn.explain import Explanation, explain
 from groupconv.optimize import Plan, Profile, Result, load, optimize, profile
 from groupconv.version import __version__
 
@@ -9,11 +10,13 @@ __all__ = [
     "ArgumentError",
     "BudgetError",
     "DataError",
+    "Explanation",
     "GroupConvError",
     "Plan",
     "Profile",
     "Result",
     "__version__",
+    "explain",
     "load",
     "nn",
     "optimize",

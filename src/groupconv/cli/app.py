@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from groupconv.cli import demo, optimize, profile
+from groupconv.cli import cache, demo, doctor, explain, optimize, profile
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, GroupConvError
 
@@ -21,6 +21,9 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(profile.profile)
 app.command()(optimize.optimize)
+app.command()(explain.explain)
+app.command()(cache.cache)
+app.command()(doctor.doctor)
 
 
 def main() -> None:

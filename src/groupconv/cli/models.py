@@ -101,3 +101,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise DataError(f"weights={str(path)!r} do not fit the model: {error}") from error
+
+
+def sizes(text: str) -> list[int]:
+    """The shape in a text such as ``1,3,224,224`` or ``1x3x224x224``.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ArgumentError(f"shape={text!r} must be positive integers such as 1,3,224,224")
+    return [int(part) for part in parts]

@@ -8,8 +8,7 @@ import typer
 
 import groupconv
 from groupconv.cli.console import JsonFlag, people, print_json
-from groupconv.cli.models import load_model
-from groupconv.errors import ArgumentError
+from groupconv.cli.models import load_model, sizes
 
 
 def profile(
@@ -24,16 +23,9 @@ def profile(
     """Show parameters, MACs, activation bytes, groups, width and latency of every layer."""
     net = load_model(model, weights)
     result = groupconv.profile(
-        net, torch.randn(_sizes(shape)), target=target, backward=backward, latency=latency
+        net, torch.randn(sizes(shape)), target=target, backward=backward, latency=latency
     )
     if json:
         print_json(result.to_dict())
     else:
         people.print(str(result), highlight=False, markup=False, soft_wrap=True)
-
-
-def _sizes(text: str) -> list[int]:
-    parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ArgumentError(f"shape={text!r} must be positive integers such as 1,3,224,224")
-    return [int(part) for part in parts]

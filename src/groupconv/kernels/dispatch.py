@@ -9,7 +9,8 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +126,8 @@ class Choice:
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; input is batched."""
+        if _listeners:
+            tell(self.name, self.refused)
         if self.name == "aten":
             return self.run(input, weight, bias)
         if torch.is_grad_enabled() and (
@@ -159,6 +162,32 @@ class _Differentiable(torch.autograd.Function):
             conv.output_padding or [0] * len(conv.stride), conv.groups, wanted,
         )  # fmt: skip
         return None, *found
+
+
+Listener = Callable[[str, dict[str, str]], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """While the block runs, call ``listener`` with the name of each implementation that runs, and
+    why the others don't."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def tell(name: str, refused: dict[str, str]) -> None:
+    """Tell all listeners of a call."""
+    for listener in _listeners:
+        listener(name, refused)
+
+
+def tell_lowered(reason: str) -> None:
+    """Tell all listeners of a call that was left to PyTorch before any choice."""
+    tell("aten", {way.name: reason for way in TABLE if way.name != "aten"})
 
 
 Signature = tuple[Any, ...]

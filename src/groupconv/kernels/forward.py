@@ -17,6 +17,8 @@ from groupconv.kernels.spec import ConvSpec, KernelSpec
 
 # Multiply-adds up to which the loop over input channels is unrolled, to make its own cost small.
 _LOOP_BODY = 96
+# Registers for the inputs at hand: with fewer to choose from LLVM spills now and then.
+SPARE = 3
 # Values in a line of memory.
 _LINE = 16
 
@@ -84,8 +86,8 @@ def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
 
 
 def taps_at_once(machine: Machine, sums: int, vectors: int) -> int:
-    """Columns of the kernel whose weights fit in registers beside the sums and one input."""
-    return max(1, (machine.registers - 1 - sums) // vectors)
+    """Columns of the kernel whose weights fit in registers beside the sums."""
+    return max(1, (machine.registers - SPARE - sums) // vectors)
 
 
 class BlockFunction:

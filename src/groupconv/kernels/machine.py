@@ -16,7 +16,7 @@ class Machine:
         cpu: the processor whose scheduling model LLVM uses.
         features: LLVM features, ``+`` or ``-`` before each, separated by commas.
         lanes: float32 values in a vector register.
-        registers: vector registers.
+        registers: vector registers for the generator to plan with.
         masked: whether part of a vector is loaded and stored in one instruction.
     """
 
@@ -37,7 +37,8 @@ _AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl,+evex512"
 _X86 = {
     "avx512": (("avx512f", "avx512dq", "avx512vl", "avx512bw", "fma"), _AVX512, 16, 32, True),
     "avx2": (("avx2", "fma"), _AVX2, 8, 16, True),
-    "sse4.2": (("sse4.2",), _SSE, 4, 16, False),
+    # A product needs a register of its own before it is added.
+    "sse4.2": (("sse4.2",), _SSE, 4, 14, False),
 }
 _X86_CPU = {"avx512": "skylake-avx512", "avx2": "haswell", "sse4.2": "nehalem"}
 NAMES = (*_X86, "neon")

@@ -16,7 +16,7 @@ import torch
 
 from groupconv.kernels import cache, kernel
 from groupconv.kernels.blocks import Block, blocks
-from groupconv.kernels.forward import Tile, taps_at_once
+from groupconv.kernels.forward import SPARE, Tile, taps_at_once
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
@@ -123,7 +123,7 @@ def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
     width, k = spec.conv.output_size[1], spec.conv.kernel_size[1]
     found = set()
     for taps in {k, -(-k // 2), -(-k // 3), 1}:
-        most = (machine.registers - 1 - taps * vectors) // vectors
+        most = (machine.registers - SPARE - taps * vectors) // vectors
         if most >= 1:
             # Tiles of about equal size.
             found.add(math.ceil(width / math.ceil(width / most)))
@@ -137,6 +137,10 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
     (height, k), (down, stride) = conv.kernel_size, conv.stride
     spread = conv.dilation[1]
     rows = {line * down + ky * conv.dilation[0] for line in range(lines) for ky in range(height)}
+    # Loads for one pixel: each vector its own, or each group that they see.
+    inputs = vectors
+    if block.scalar:
+        inputs = len({source for vector in block.vectors for source in vector.sources})
     total, width = 0.0, conv.output_size[1]
     for start in range(0, width, pixels):
         size = min(pixels, width - start)
@@ -146,7 +150,7 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
         for begin in range(0, k, at_once):
             taps = range(begin, min(k, begin + at_once))
             columns = {p * stride + kx * spread for p in range(size) for kx in taps}
-            loads += len(rows) * len(columns) * (1 if block.scalar else vectors)
+            loads += len(rows) * len(columns) * inputs
         compute = max(sums / _PER_CYCLE, _LATENCY) * height * k
         # Loads run beside the arithmetic, but not for nothing.
         total += max(compute, loads / _PER_CYCLE) + _LOAD * loads

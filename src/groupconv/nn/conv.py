@@ -255,6 +255,16 @@ class GroupConvTranspose3d(_GroupConvTransposeNd, nn.ConvTranspose3d):
     _function = staticmethod(group_conv_transpose3d)
 
 
+LAYERS = (
+    GroupConv1d,
+    GroupConv2d,
+    GroupConv3d,
+    GroupConvTranspose1d,
+    GroupConvTranspose2d,
+    GroupConvTranspose3d,
+)
+
+
 @torch.no_grad()
 def _rescale_bias(layer: _ConvNd) -> None:
     """Bring torch's bias bound 1/sqrt(fan_in / groups) to the dense layer's 1/sqrt(fan_in)."""

@@ -197,8 +197,10 @@ def _conv(
     groups: int,
 ) -> Tensor:
     where = f"group_conv{dims}d"
-    watched = why_lowered(input, weight, bias) is not None
-    call = None if watched else _call(input, weight, bias, where, stride, padding, dilation, groups)
+    watched = why_lowered(input, weight, bias)
+    call = None
+    if watched is None:
+        call = _call(input, weight, bias, where, stride, padding, dilation, groups)
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
 
@@ -218,7 +220,8 @@ def _conv(
     if padding != "same":
         pads = to_tuple(where, "padding", 0 if isinstance(padding, str) else padding, dims, 0)
         _check_kernel_fits(where, input.shape[-dims:], weight.shape[2:], pads, dilations)
-    if watched:
+    if watched is not None:
+        dispatch.tell_lowered(watched)
         return _CONV[dims - 1](input, weight, bias, strides, pads, dilations, groups)
     if input.ndim == dims + 1:
         return _conv(
@@ -254,9 +257,9 @@ def _conv_transpose(
     dilation: Ints,
 ) -> Tensor:
     where = f"group_conv_transpose{dims}d"
-    watched = why_lowered(input, weight, bias) is not None
+    watched = why_lowered(input, weight, bias)
     call = None
-    if not watched:
+    if watched is None:
         call = _call(input, weight, bias, where, stride, padding, dilation, groups, output_padding)
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
@@ -276,7 +279,8 @@ def _conv_transpose(
         )
     _check_bias(where, bias, weight.shape[1] * groups)
     _check_output(where, input.shape[-dims:], weight.shape[2:], strides, pads, extra, dilations)
-    if watched:
+    if watched is not None:
+        dispatch.tell_lowered(watched)
         return _CONV_TRANSPOSE[dims - 1](
             input, weight, bias, strides, pads, extra, groups, dilations
         )
