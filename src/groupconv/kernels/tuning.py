@@ -23,7 +23,7 @@ from groupconv.kernels.spec import KernelSpec
 from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned, and those left for measuring what was compiled.
-_BUDGET, _MEASURING = 0.25, 0.1
+_BUDGET, _MEASURING = 0.27, 0.08
 # Cycles until a sum can be added to again; two sums are begun in each cycle.
 _LATENCY, _PER_CYCLE = 4, 2
 # Cycles that a load costs beside the arithmetic.
@@ -32,6 +32,8 @@ _LOAD = 0.3
 _LINES, _MOST = 4, 7
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
+# Bytes between pixels whose multiples fall on few places of the first cache.
+_ALIAS = 512
 # Bytes of input and output that the caches hold between two layers.
 _NEAR = 2**22
 
@@ -90,32 +92,43 @@ def _bytes(spec: KernelSpec) -> int:
 
 def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
     """Tiles worth measuring, the best on paper first."""
-    ranked: dict[tuple[int, int, int], float] = {}
+    ranked: dict[Tile, float] = {}
     for vectors in (1, 2, 3, 4):
         kinds = blocks(spec.conv, machine.lanes, vectors)
         size = max(len(block.vectors) for block in kinds)
         # Several rows at once pay where each loaded input meets few sums.
         most = 1 if kinds[0].scalar or spec.conv.kernel_size[0] == 1 else _LINES
         for lines in range(1, min(most, spec.conv.output_size[0]) + 1):
-            shapes = {
+            cycles = {
                 pixels: sum(
                     block.count * _cycles(spec, machine, pixels, lines, block) for block in kinds
                 )
                 for pixels in _pixels(spec, machine, size * lines)
             }
-            pixels = min(shapes, key=shapes.__getitem__)
-            ranked.setdefault((pixels, size, lines), shapes[pixels])
-    found = []
-    for pixels, vectors, lines in sorted(ranked, key=ranked.__getitem__):
-        rows, channels = _passes(spec, machine, vectors, lines)
-        found.append(Tile(pixels, vectors, rows, channels, lines=lines))
-    best, height = found[0], spec.conv.output_size[0]
-    whole = -(-height // best.lines) * best.lines
-    other = [replace(best, rows=whole)] if whole != best.rows else []
-    if height == 1 and not kinds[0].scalar and not spec.staged:
-        # A long row of many channels is read in the order of memory.
-        other = [replace(tile, blocks=spec.conv.groups) for tile in found[:2]]
-    return [best, *other, *found[1:_MOST]]
+            pixels = min(cycles, key=cycles.__getitem__)
+            rows, channels = _passes(spec, machine, size, lines)
+            ranked.setdefault(Tile(pixels, size, rows, channels, lines=lines), cycles[pixels])
+    found = sorted(ranked, key=ranked.__getitem__)
+    best, others = found[0], found[1:]
+    if len(found) > 1 and not kinds[0].scalar and not spec.staged:
+        others = [*_by_memory(spec, found), *others]
+    height = spec.conv.output_size[0]
+    whole = replace(best, rows=-(-height // best.lines) * best.lines)
+    return list(dict.fromkeys([best, *others[:3], whole, *others[3:]]))[:_MOST]
+
+
+def _by_memory(spec: KernelSpec, found: list[Tile]) -> list[Tile]:
+    """Of the tiles whose vectors hold channels side by side, those that suit the memory best."""
+    conv = spec.conv
+    if conv.output_size[0] == 1:
+        # One long row of many channels is read in the order of memory.
+        return [replace(tile, blocks=conv.groups) for tile in found[:2]]
+    if 4 * conv.in_channels % _ALIAS == 0:
+        # Pixels whose addresses differ by little but a power of two meet in the same places of
+        # the cache: fewer of them, and more of each.
+        few = [tile for tile in found if tile.vectors == tile.lines == 2]
+        return [replace(tile, blocks=blocks) for tile in few for blocks in (4, 1)]
+    return []
 
 
 def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
