@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from groupconv.kernels.emit import Emitter, Value
 from groupconv.kernels.spec import ConvSpec
 
-# A vector that holds parts of two groups needs a value more per input channel; taken where at
-# least this share of the lanes would otherwise stay empty.
-_EMPTY_LANES = 0.2
 # Values that are rather loaded one by one than picked from two vectors.
 _FEW = 3
 
@@ -98,7 +95,7 @@ class Block:
 def blocks(spec: ConvSpec, lanes: int, vectors: int) -> list[Block]:
     """Cut the output channels of ``spec`` into blocks of about ``vectors`` vectors."""
     wide_in, wide_out = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-    run, aligned = _groups_in_a_run(wide_out, lanes)
+    run, aligned = _groups_in_a_run(wide_in, wide_out, lanes, spec.kernel_size[1])
     if run == 1 and wide_out > lanes:
         return _parts_of_a_group(spec, wide_in, wide_out, lanes, vectors)
     per_run = -(-run * wide_out // lanes)
@@ -123,23 +120,28 @@ def blocks(spec: ConvSpec, lanes: int, vectors: int) -> list[Block]:
     return found
 
 
-def _groups_in_a_run(wide_out: int, lanes: int) -> tuple[int, int]:
-    """Groups whose outputs fill vectors well, and outputs in a vector (fewer than the lanes where
-    vectors end with a group)."""
+def _groups_in_a_run(wide_in: int, wide_out: int, lanes: int, columns: int) -> tuple[int, int]:
+    """Groups that are computed together at least, and outputs in a vector.
+
+    Vectors end with a group, and lanes may stay empty; or they are filled, and some hold parts of
+    two groups, which need more loads. ``columns`` multiply-adds share them.
+    """
     whole = max(1, lanes // wide_out)
-    aligned = min(lanes, whole * wide_out)
 
-    def empty(run: int) -> float:
-        used = run * wide_out
-        return 1 - used / (-(-used // lanes) * lanes)
+    def cost(run: int, aligned: int) -> float:
+        """Of one group: multiply-adds, and half as much for loads and shuffles."""
+        vectors = _vectors(run, wide_in, wide_out, lanes, aligned)
+        values = {source for vector in vectors if vector.scalar for source in vector.sources}
+        extra = len(values)
+        for vector in vectors:
+            groups = len(set(vector.sources))
+            extra += groups - 1 if vector.scalar else 2 * -(-groups * wide_in // lanes)
+        return round((len(vectors) * columns + extra / 2) / run, 2)
 
-    plain = empty(whole)
-    if plain <= _EMPTY_LANES:
-        return whole, aligned
-    # At most four vectors: each holds a tile of accumulators.
-    runs = [r for r in range(whole + 1, 4 * lanes // wide_out + 1)]
-    best = min(runs, key=lambda r: (round(empty(r), 2), r), default=whole)
-    return (best, lanes) if plain - empty(best) > _EMPTY_LANES / 2 else (whole, aligned)
+    plain = (whole, min(lanes, whole * wide_out))
+    # At most four vectors: each holds a tile of sums.
+    filled = [(run, lanes) for run in range(whole + 1, 4 * lanes // wide_out + 1)]
+    return min([plain, *filled], key=lambda way: (cost(*way), way[0]))
 
 
 def _parts_of_a_group(
