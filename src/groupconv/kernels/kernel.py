@@ -1,6 +1,7 @@
 """Kernel: generated code with what it needs to be called."""
 
 import hashlib
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,9 @@ from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
 
 # Seconds of work below which waking other threads costs more than they save.
-_WORTH_SHARING = 20e-6
-# Low guesses of what one thread does in a second: multiply-adds per lane, bytes.
-_MACS, _BYTES = 2e9, 2e10
+_WORTH_SHARING = 15e-6
+# Guesses of what one thread does in a second: multiply-adds per lane, bytes near the core.
+_MACS, _BYTES = 5e9, 1e11
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Kernel:
         threads, images = openmp.threads(), x.shape[0]
         if threads > 1 and self.seconds * images < _WORTH_SHARING:
             threads = 1
-        buffer = torch.empty(threads * self.buffer, dtype=torch.float32) if self.buffer else None
+        buffer = _buffer(threads * self.buffer) if self.buffer else None
         pool = openmp.pool()
         pointers = (
             x.data_ptr(),
@@ -96,6 +97,18 @@ class Kernel:
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
         )
         return pointers, buffer
+
+
+def _buffer(elements: int) -> Tensor:
+    """Memory for staging, kept for the next call of this Python thread: a fresh one of this size
+    would often be mapped, and its pages found, anew in every call."""
+    buffer: Tensor | None = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < elements:
+        buffer = _local.buffer = torch.empty(elements, dtype=torch.float32)
+    return buffer
+
+
+_local = threading.local()
 
 
 def compile(spec: KernelSpec, machine: Machine, tile: Tile) -> bytes:

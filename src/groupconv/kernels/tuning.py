@@ -28,6 +28,8 @@ _BUDGET, _MEASURING = 0.27, 0.08
 _LATENCY, _PER_CYCLE = 4, 2
 # Cycles that a load costs beside the arithmetic.
 _LOAD = 0.3
+# Tasks that an image should give, so that threads end together.
+_TASKS = 16
 # Rows of a tile at most, and tiles that are measured.
 _LINES, _MOST = 4, 7
 # Bytes of rows and of weights that should stay close to the core.
@@ -113,8 +115,11 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
     if len(found) > 1 and not kinds[0].scalar and not spec.staged:
         others = [*_by_memory(spec, found), *others]
     height = spec.conv.output_size[0]
-    whole = replace(best, rows=-(-height // best.lines) * best.lines)
-    return list(dict.fromkeys([best, *others[:3], whole, *others[3:]]))[:_MOST]
+    fewer = max(1, best.rows // (4 * best.lines)) * best.lines
+    more = [replace(best, rows=fewer)] if fewer != best.rows else []
+    if sum(block.count for block in blocks(spec.conv, machine.lanes, best.vectors)) >= _TASKS:
+        more = [replace(best, rows=-(-height // best.lines) * best.lines)]
+    return list(dict.fromkeys([best, *others[:3], *more, *others[3:]]))[:_MOST]
 
 
 def _by_memory(spec: KernelSpec, found: list[Tile]) -> list[Tile]:
@@ -171,14 +176,19 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
 
 
 def _passes(spec: KernelSpec, machine: Machine, vectors: int, lines: int) -> tuple[int, int]:
-    """Rows of a task and channels of a chunk: what stays close to the core."""
+    """Rows of a task and channels of a chunk: what stays close to the core, in enough tasks."""
     conv = spec.conv
+    number = sum(block.count for block in blocks(conv, machine.lanes, vectors))
     row = 4 * (
         conv.in_channels * conv.input_size[1] * conv.stride[0]
         + conv.out_channels * conv.output_size[1]
     )
     height = conv.output_size[0]
-    rows = min(height, max(1, _ROWS // row))
+    rows = max(1, _ROWS // row)
+    if spec.staged_input:
+        # Each task fills its buffer with the rows above and below too.
+        rows = max(rows, 4 * (conv.kernel_size[0] - 1) * conv.dilation[0])
+    rows = min(rows, height, max(1, height * number // _TASKS))
     rows = -(-height // -(-height // rows))
     rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
