@@ -26,8 +26,8 @@ LEVELS = [
 # Modules of one package, in the order in which they may import each other.
 ORDER = {
     "kernels": [
-        "spec", "reference", "machine", "emit", "activation", "blocks", "forward", "staging",
-        "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed",
+        "spec", "reference", "machine", "emit", "activation", "blocks", "tile", "forward",
+        "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed",
         "fingerprint", "weights", "request", "native", "dispatch",
     ],
     "nn": ["functional", "conv", "explain", "shuffle", "blocks"],

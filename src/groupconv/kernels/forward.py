@@ -7,87 +7,18 @@ rows, and by the code of the tiles at both ends of a row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from groupconv.kernels.activation import activate
 from groupconv.kernels.blocks import Block, Vector
 from groupconv.kernels.emit import Emitter, Value
 from groupconv.kernels.machine import Machine
-from groupconv.kernels.spec import ConvSpec, KernelSpec
+from groupconv.kernels.spec import KernelSpec
+from groupconv.kernels.tile import Strip, Tile, strips, taps_at_once
 
 # Multiply-adds up to which the loop over input channels is unrolled, to make its own cost small.
 _LOOP_BODY = 96
-# Registers for the inputs at hand: with fewer to choose from LLVM spills now and then.
-SPARE = 3
 # Values in a line of memory.
 _LINE = 16
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How the work is cut; every tile gives the same numbers.
-
-    Args:
-        pixels: neighbouring output pixels whose sums are kept in registers.
-        vectors: vectors of output channels beside them.
-        rows: output rows that pass before the next blocks of channels are taken.
-        channels: input channels that pass before the next rows are taken.
-        blocks: blocks of channels that are finished before the next pixels are taken; one where
-            the rows are staged.
-        lines: rows of output pixels whose sums are kept in registers.
-        ahead: whether the rows that come next are asked for while these are computed, for tensors
-            that come from far away; only where channels lie side by side in a vector.
-    """
-
-    pixels: int
-    vectors: int
-    rows: int
-    channels: int
-    blocks: int = 1
-    lines: int = 1
-    ahead: bool = False
-
-
-@dataclass(frozen=True)
-class Strip:
-    """Neighbouring tiles of a row that run the same code.
-
-    Args:
-        start: the first output pixel.
-        size: output pixels in a tile.
-        count: how many tiles.
-        left, right: columns of the input that each tile lacks on either side.
-    """
-
-    start: int
-    size: int
-    count: int
-    left: int
-    right: int
-
-
-def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
-    """Cut a row of outputs into tiles of about equal size, at most ``pixels``."""
-    width, size_in, k = conv.output_size[1], conv.input_size[1], conv.kernel_size[1]
-    stride, dilation, (before, _) = conv.stride[1], conv.dilation[1], conv.padding[1]
-    base = -(-width // -(-width // pixels))
-    found: list[Strip] = []
-    for start in range(0, width, base):
-        size = min(base, width - start)
-        left = max(0, before - start * stride)
-        last = (start + size - 1) * stride - before + (k - 1) * dilation
-        right = max(0, last - size_in + 1)
-        previous = found[-1] if found else None
-        if previous and (previous.size, previous.left, previous.right) == (size, left, right):
-            found[-1] = Strip(previous.start, size, previous.count + 1, left, right)
-        else:
-            found.append(Strip(start, size, 1, left, right))
-    return found
-
-
-def taps_at_once(machine: Machine, sums: int, vectors: int) -> int:
-    """Columns of the kernel whose weights fit in registers beside the sums."""
-    return max(1, (machine.registers - SPARE - sums) // vectors)
 
 
 class BlockFunction:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from groupconv.kernels import jit, module, openmp, packing
 from groupconv.kernels.blocks import blocks
-from groupconv.kernels.forward import Tile
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
+from groupconv.kernels.tile import Tile
 
 # Seconds of work below which waking other threads costs more than they save.
 _WORTH_SHARING = 15e-6

@@ -10,10 +10,11 @@ import math
 
 from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.emit import Emitter, Value
-from groupconv.kernels.forward import BlockFunction, Tile
+from groupconv.kernels.forward import BlockFunction
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.staging import InputStage, OutputStage
+from groupconv.kernels.tile import Tile
 
 # What a kernel is called with, in this order; the last three are functions of the OpenMP runtime.
 ARGUMENTS = (

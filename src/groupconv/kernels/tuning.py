@@ -16,10 +16,10 @@ import torch
 
 from groupconv.kernels import cache, kernel
 from groupconv.kernels.blocks import Block, blocks
-from groupconv.kernels.forward import SPARE, Tile, taps_at_once
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
+from groupconv.kernels.tile import SPARE, Tile, taps_at_once
 from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned, and those left for measuring what was compiled.
@@ -30,8 +30,9 @@ _LATENCY, _PER_CYCLE = 4, 2
 _LOAD = 0.3
 # Tasks that an image should give, so that threads end together.
 _TASKS = 16
-# Rows of a tile at most, and tiles that are measured.
-_LINES, _MOST = 4, 7
+# Rows of a tile at most, input channels of a group for which there may be several, and tiles that
+# are measured.
+_LINES, _UNROLLED, _MOST = 4, 4, 7
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
 # Bytes between pixels whose multiples fall on few places of the first cache.
@@ -98,8 +99,10 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
     for vectors in (1, 2, 3, 4):
         kinds = blocks(spec.conv, machine.lanes, vectors)
         size = max(len(block.vectors) for block in kinds)
-        # Several rows at once pay where each loaded input meets few sums.
-        most = 1 if kinds[0].scalar or spec.conv.kernel_size[0] == 1 else _LINES
+        # Several rows at once pay where each loaded input meets few sums. Their code is long:
+        # every input channel has its own.
+        few = kinds[0].scalar or spec.conv.kernel_size[0] == 1 or kinds[0].width > _UNROLLED
+        most = 1 if few else _LINES
         for lines in range(1, min(most, spec.conv.output_size[0]) + 1):
             cycles = {
                 pixels: sum(
@@ -159,9 +162,11 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
     inputs = vectors
     if block.scalar:
         inputs = len({source for vector in block.vectors for source in vector.sources})
-    total, width = 0.0, conv.output_size[1]
-    for start in range(0, width, pixels):
-        size = min(pixels, width - start)
+    whole, rest = divmod(conv.output_size[1], pixels)
+    total = 0.0
+    for count, size in ((whole, pixels), (1, rest)):
+        if not count or not size:
+            continue
         sums = lines * size * vectors
         at_once = taps_at_once(machine, sums, vectors * lines)
         loads = float(lines * height * k * vectors)
@@ -171,7 +176,7 @@ def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: 
             loads += len(rows) * len(columns) * inputs
         compute = max(sums / _PER_CYCLE, _LATENCY) * height * k
         # Loads run beside the arithmetic, but not for nothing.
-        total += max(compute, loads / _PER_CYCLE) + _LOAD * loads
+        total += count * (max(compute, loads / _PER_CYCLE) + _LOAD * loads)
     return total / lines
 
 
