@@ -77,41 +77,50 @@ class OutputStage:
         self.e = Emitter(machine)
 
     def write(self) -> str:
-        e, spec = self.e, self.spec
-        size = spec.output_tensor_size
-        plane = size[0] * size[1]
-
-        def place(pixel: Value, c: Value) -> Value:
-            position = e.add("%first", pixel)
-            if spec.step != (1, 1):
-                width = spec.conv.output_size[1]
-                row, column = e.div(position, width), e.rem(position, width)
-                position = e.add(e.mul(row, spec.step[0] * size[1]), e.mul(column, spec.step[1]))
-            return e.add(e.mul(e.add("%channel", c), plane), position)
-
-        def finish(value: str, at: Value, count: int | None) -> None:
-            if spec.residual:
-                value = e.arithmetic("fadd", value, e.load("%residual", at, count))
-            e.store(activate(e, spec.activation, spec.slope, value), "%y", at, count)
-
-        def square(pixel: Value, c: Value, count: int) -> None:
-            rows = [
-                e.load("%buffer", e.add(e.mul(e.add(pixel, p), self.channels), c), count)
-                for p in range(e.lanes)
-            ]
-            for j, column in enumerate(e.transpose(rows)[:count]):
-                finish(column, place(pixel, e.add(c, j)), None)
-
-        def single(pixel: Value, c: Value) -> None:
-            value = e.load("%buffer", e.add(e.mul(pixel, self.channels), c), 1)
-            finish(value, place(pixel, c), 1)
-
-        _in_squares(e, self.channels, blocked=spec.step == (1, 1), square=square, single=single)
+        e = self.e
+        if self.spec.step == (1, 1):
+            _in_squares(e, self.channels, blocked=True, square=self._square, single=self._single)
+        else:
+            self._apart()
         e.do("ret void")
         return (
             f"define internal void @{self.name}(ptr noalias %buffer, ptr %residual, "
             f"ptr %y, i64 %channel, i64 %first, i64 %count) #0 {{\n{e.text()}\n}}\n"
         )
+
+    def _square(self, pixel: Value, c: Value, count: int) -> None:
+        e = self.e
+        rows = [e.load("%buffer", self._source(e.add(pixel, p), c), count) for p in range(e.lanes)]
+        for j, column in enumerate(e.transpose(rows)[:count]):
+            self._finish(column, e.add(self._plane(e.add(c, j)), e.add("%first", pixel)), None)
+
+    def _single(self, pixel: Value, c: Value) -> None:
+        value = self.e.load("%buffer", self._source(pixel, c), 1)
+        self._finish(value, self.e.add(self._plane(c), self.e.add("%first", pixel)), 1)
+
+    def _apart(self) -> None:
+        """Whole rows whose values go to places that are not neighbours."""
+        e, (down, across) = self.e, self.spec.step
+        width, written = self.spec.conv.output_size[1], self.spec.output_tensor_size[1]
+        with e.loop(0, e.div("%count", width)) as row, e.loop(0, self.channels) as c:
+            line = e.mul(e.add(e.div("%first", width), row), down * written)
+            start = e.add(self._plane(c), line)
+            with e.loop(0, width) as column:
+                value = e.load("%buffer", self._source(e.add(e.mul(row, width), column), c), 1)
+                self._finish(value, e.add(start, e.mul(column, across)), 1)
+
+    def _source(self, pixel: Value, c: Value) -> Value:
+        return self.e.add(self.e.mul(pixel, self.channels), c)
+
+    def _plane(self, c: Value) -> Value:
+        size = self.spec.output_tensor_size
+        return self.e.mul(self.e.add("%channel", c), size[0] * size[1])
+
+    def _finish(self, value: str, at: Value, count: int | None) -> None:
+        e, spec = self.e, self.spec
+        if spec.residual:
+            value = e.arithmetic("fadd", value, e.load("%residual", at, count))
+        e.store(activate(e, spec.activation, spec.slope, value), "%y", at, count)
 
     def call(
         self,
