@@ -74,7 +74,7 @@ def _recall(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Ke
 
 
 def _make(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel:
-    choices = [replace(tile, ahead=far) for tile in candidates(spec, machine)]
+    choices = candidates(spec, machine, far)
     if measured:
         images = -(-4 * _NEAR // _bytes(spec)) if far else 1
         code, made = _measure(spec, machine, choices, images)
@@ -93,8 +93,12 @@ def _bytes(spec: KernelSpec) -> int:
     return 4 * (pixels + conv.out_channels * math.prod(conv.output_size))
 
 
-def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
-    """Tiles worth measuring, the best on paper first."""
+def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Tile]:
+    """Tiles worth measuring, the best on paper first.
+
+    Args:
+        far: whether input and output are more than the caches hold between two layers.
+    """
     ranked: dict[Tile, float] = {}
     for vectors in (1, 2, 3, 4):
         kinds = blocks(spec.conv, machine.lanes, vectors)
@@ -115,23 +119,26 @@ def candidates(spec: KernelSpec, machine: Machine) -> list[Tile]:
             ranked.setdefault(Tile(pixels, size, rows, channels, lines=lines), cycles[pixels])
     found = sorted(ranked, key=ranked.__getitem__)
     best, others = found[0], found[1:]
-    if len(found) > 1 and not kinds[0].scalar and not spec.staged:
-        others = [*_by_memory(spec, found), *others]
-    height = spec.conv.output_size[0]
-    fewer = max(1, best.rows // (4 * best.lines)) * best.lines
-    more = [replace(best, rows=fewer)] if fewer != best.rows else []
-    if sum(block.count for block in blocks(spec.conv, machine.lanes, best.vectors)) >= _TASKS:
-        more = [replace(best, rows=-(-height // best.lines) * best.lines)]
-    return list(dict.fromkeys([best, *others[:3], *more, *others[3:]]))[:_MOST]
+    number = sum(block.count for block in blocks(spec.conv, machine.lanes, best.vectors))
+    if not kinds[0].scalar and not spec.staged:
+        others = [*_by_memory(spec, found, number, far), *others]
+    rows = max(1, best.rows // (4 * best.lines)) * best.lines
+    if number >= _TASKS:
+        rows = -(-spec.conv.output_size[0] // best.lines) * best.lines
+    choices = [best, *others[:3], replace(best, rows=rows), *others[3:]]
+    return [replace(tile, ahead=far) for tile in dict.fromkeys(choices)][:_MOST]
 
 
-def _by_memory(spec: KernelSpec, found: list[Tile]) -> list[Tile]:
+def _by_memory(spec: KernelSpec, found: list[Tile], number: int, far: bool) -> list[Tile]:
     """Of the tiles whose vectors hold channels side by side, those that suit the memory best."""
-    conv = spec.conv
-    if conv.output_size[0] == 1:
-        # One long row of many channels is read in the order of memory.
-        return [replace(tile, blocks=conv.groups) for tile in found[:2]]
-    if 4 * conv.in_channels % _ALIAS == 0:
+    row = spec.conv.output_size[0] == 1
+    if row or far:
+        # What comes from far away, or one long row of many channels, in the order of memory; a
+        # row alone is left in parts for several threads.
+        single = [tile for tile in found if tile.vectors == tile.lines == 1]
+        together = max(1, number // 4) if row else number
+        return [replace(tile, blocks=together) for tile in dict.fromkeys([found[0], *single])]
+    if 4 * spec.conv.in_channels % _ALIAS == 0:
         # Pixels whose addresses differ by little but a power of two meet in the same places of
         # the cache: fewer of them, and more of each.
         few = [tile for tile in found if tile.vectors == tile.lines == 2]
