@@ -26,9 +26,9 @@ LEVELS = [
 # Modules of one package, in the order in which they may import each other.
 ORDER = {
     "kernels": [
-        "spec", "reference", "machine", "emit", "activation", "blocks", "tile", "forward",
-        "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "tuning", "transposed",
-        "fingerprint", "weights", "request", "native", "dispatch",
+        "spec", "reference", "machine", "emit", "activation", "blocks", "inputs", "tile",
+        "forward", "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "tuning",
+        "transposed", "fingerprint", "weights", "request", "native", "dispatch",
     ],
     "nn": ["functional", "conv", "explain", "shuffle", "blocks"],
     "data": ["images", "sample"],

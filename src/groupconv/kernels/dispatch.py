@@ -200,7 +200,7 @@ def signature(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
     """All that a choice depends on: sizes, layouts, dtypes and the convolution's arguments."""
     return (
         input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype,
-        None if bias is None else bias.dtype, arguments,
+        None if bias is None else (bias.shape, bias.dtype), arguments,
     )  # fmt: skip
 
 

@@ -6,11 +6,12 @@ the taps that need it. Taps that fall outside the image are left out: by the bou
 rows, and by the code of the tiles at both ends of a row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 from groupconv.kernels.activation import activate
-from groupconv.kernels.blocks import Block, Vector
+from groupconv.kernels.blocks import Block
 from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.inputs import inputs
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.tile import Strip, Tile, strips, taps_at_once
@@ -22,8 +23,8 @@ _LINE = 16
 
 
 class BlockFunction:
-    """Writes ``name(x, w, bias, residual, y, index, first, last)``: rows ``first`` to ``last`` of
-    the block ``index`` among those of its form.
+    """Writes ``name(x, w, bias, residual, y, begin, end, first, last)``: rows ``first`` to ``last``
+    of the blocks ``begin`` to ``end`` among those of one form.
 
     ``x`` and ``y`` point at row 0, column 0: at channel 0 of the tensors, or at the block's first
     channel where they are staged in buffers.
@@ -45,6 +46,8 @@ class BlockFunction:
         else:
             self.output_pixel = conv.out_channels * spec.step[1]
             self.output_row = conv.out_channels * spec.output_tensor_size[1] * spec.step[0]
+        # Whether no row of the kernel ever falls outside the image.
+        self.inside = max(conv.padding[0]) <= 0
         self.channels = block.channels(tile.channels)
         self.weights = (
             conv.kernel_size[0] * block.width * conv.kernel_size[1]
@@ -79,22 +82,10 @@ class BlockFunction:
         """Rows ``start`` to ``stop``, ``lines`` at a time."""
         e = self.e
         with e.loop(start, stop, lines) as row:
-            low, high = self._kernel_rows(row) if lines == 1 else (0, 0)
             for strip in strips(self.conv, self.tile.pixels):
                 with e.loop(0, strip.count) as number, e.loop("%begin", "%end") as index:
                     column = e.add(strip.start, e.mul(number, strip.size))
-                    self._tile(strip, lines, index, row, column, low, high, channel)
-
-    def _kernel_rows(self, row: Value) -> tuple[Value, Value]:
-        """The rows of the kernel that fall inside the image for an output row."""
-        e, conv = self.e, self.conv
-        (before, after), k, d = conv.padding[0], conv.kernel_size[0], conv.dilation[0]
-        if before <= 0 and after <= 0:
-            return 0, k
-        top = e.sub(before, e.mul(row, conv.stride[0]))
-        low = e.div(e.add(e.max(top, 0), d - 1), d)
-        high = e.div(e.max(e.add(top, conv.input_size[0] - 1 + d), 0), d)
-        return low, e.min(high, k)
+                    self._tile(strip, lines, index, row, column, channel)
 
     def _tile(
         self,
@@ -103,8 +94,6 @@ class BlockFunction:
         index: Value,
         row: Value,
         column: Value,
-        low: Value,
-        high: Value,
         channel: Value,
     ) -> None:
         e, conv, block = self.e, self.conv, self.block
@@ -142,7 +131,7 @@ class BlockFunction:
         if self.tile.ahead and not block.scalar:
             self._ask_ahead(strip, lines, corner, top)
         if lines == 1:
-            sums = self._one_line(strip, corner, w, top, low, high, channel, sums)
+            sums = self._one_line(strip, corner, w, top, channel, sums)
         else:
             sums = self._several_lines(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):
@@ -185,16 +174,22 @@ class BlockFunction:
         x: str,
         w: str,
         top: Value,
-        low: Value,
-        high: Value,
         channel: Value,
         sums: list[str],
     ) -> list[str]:
         """One row of outputs: a loop over the rows of the kernel that lie inside the image."""
         e, conv = self.e, self.conv
+        dilation = conv.dilation[0]
+        low: Value = 0
+        high: Value = conv.kernel_size[0]
+        if not self.inside:
+            above = e.sub(0, top)
+            low = e.div(e.add(e.max(above, 0), dilation - 1), dilation)
+            below = e.max(e.add(above, conv.input_size[0] - 1 + dilation), 0)
+            high = e.min(e.div(below, dilation), conv.kernel_size[0])
 
         def kernel_row(ky: Value, sums: list[str]) -> list[str]:
-            line = e.add(top, e.mul(ky, conv.dilation[0]))
+            line = e.add(top, e.mul(ky, dilation))
             source = e.offset(x, e.mul(line, self.input_row))
             return self._channels(strip, source, w, {0: ky}, channel, sums)
 
@@ -220,7 +215,7 @@ class BlockFunction:
         for row, taps in sorted(meets.items()):
             at = e.add(top, row)
             source = e.offset(x, e.mul(at, self.input_row))
-            if conv.padding[0][0] <= 0 and conv.padding[0][1] <= 0:
+            if self.inside:
                 sums = self._channels(strip, source, w, taps, channel, sums)
             else:
                 before = sums
@@ -293,71 +288,10 @@ class BlockFunction:
                 for q in range(len(vectors))
             }
             for column, meets in sorted(columns.items()):
-                inputs = self._inputs(x, column * self.input_pixel, i)
-                for q, value in enumerate(inputs):
+                values = inputs(e, self.block, x, column * self.input_pixel, i)
+                for q, value in enumerate(values):
                     for line in w:
                         for pixel, kx in meets:
                             s = (line * strip.size + pixel) * len(vectors) + q
                             sums[s] = e.multiply_add(value, weights[line, kx, q], sums[s])
         return sums
-
-    def _inputs(self, x: str, offset: int, i: int) -> Iterator[str]:
-        """For each vector the input channel ``i`` of every lane's group, at one pixel."""
-        e = self.e
-        broadcasts: dict[int, str] = {}
-
-        def broadcast(channel: int) -> str:
-            if channel not in broadcasts:
-                broadcasts[channel] = e.broadcast(x, offset + channel)
-            return broadcasts[channel]
-
-        def one(vector: Vector) -> str:
-            channels = [source + i for source in vector.sources]
-            distinct = sorted(set(channels))
-            if len(distinct) == 1:
-                return broadcast(distinct[0])
-            first = vector.sources[0]
-            span = vector.sources[-1] + self.block.width - first
-            if not vector.scalar and span <= e.lanes:
-                value = e.load(x, offset + first, span)
-                lanes = [c - first for c in channels]
-                if lanes == list(range(span)):
-                    return value
-                return e.shuffle(value, "poison", _pad(lanes, e.lanes))
-            if vector.scalar:
-                value = broadcast(distinct[0])
-                for channel in distinct[1:]:
-                    lanes = [
-                        lane + e.lanes * (lane < len(channels) and channels[lane] == channel)
-                        for lane in range(e.lanes)
-                    ]
-                    value = e.shuffle(value, broadcast(channel), lanes)
-                return value
-            return self._gather(x, offset + first, span, [c - first for c in channels])
-
-        return map(one, self.block.vectors)
-
-    def _gather(self, x: str, offset: int, span: int, lanes: list[int]) -> str:
-        """Lanes taken from ``span`` values, more than a vector holds."""
-        e = self.e
-        result = None
-        for start in range(0, span, e.lanes):
-            mine = [start <= lane < start + e.lanes for lane in lanes]
-            if not any(mine):
-                continue
-            part = e.load(x, offset + start, min(e.lanes, span - start))
-            if result is None:
-                picks = [lane - start if m else None for lane, m in zip(lanes, mine, strict=True)]
-                result = e.shuffle(part, "poison", _pad(picks, e.lanes))
-            else:
-                picks = [
-                    e.lanes + lane - start if m else at
-                    for at, (lane, m) in enumerate(zip(lanes, mine, strict=True))
-                ]
-                result = e.shuffle(result, part, _pad(picks, e.lanes))
-        assert result is not None
-        return result
-
-
-def _pad(lanes: Sequence[int | None], count: int) -> list[int | None]:
-    return [*lanes, *[None] * (count - len(lanes))]

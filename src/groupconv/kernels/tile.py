@@ -11,7 +11,7 @@ SPARE = 3
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut; every tile gives the same numbers.
+    """How the work is cut. Tiles of the same ``channels`` give the same numbers, bit by bit.
 
     Args:
         pixels: neighbouring output pixels whose sums are kept in registers.

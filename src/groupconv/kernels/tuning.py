@@ -204,7 +204,8 @@ def _passes(spec: KernelSpec, machine: Machine, vectors: int, lines: int) -> tup
     rows = -(-height // -(-height // rows))
     rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
-    weights = 4 * math.prod(conv.kernel_size) * vectors * machine.lanes
+    # The same for all tiles of a convolution: the order of its sums depends on it.
+    weights = 4 * math.prod(conv.kernel_size) * 2 * machine.lanes
     channels = width
     while channels % 2 == 0 and channels * weights > _WEIGHTS:
         channels //= 2
