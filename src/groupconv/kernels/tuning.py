@@ -37,8 +37,8 @@ _LINES, _UNROLLED, _MOST = 4, 4, 7
 _ROWS, _WEIGHTS = 2**18, 2**18
 # Bytes between pixels whose multiples fall on few places of the first cache.
 _ALIAS = 512
-# Bytes of input and output that the caches hold between two layers.
-_NEAR = 2**22
+# Bytes of input and output that stay close to the core, and that the caches hold between layers.
+_SMALL, _NEAR = 2**19, 2**22
 
 
 def tuning() -> bool:
@@ -122,6 +122,9 @@ def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Ti
     number = sum(block.count for block in blocks(spec.conv, machine.lanes, best.vectors))
     if not kinds[0].scalar and not spec.staged:
         others = [*_by_memory(spec, found, number, far), *others]
+        if _bytes(spec) <= _SMALL and number >= _TASKS:
+            # All is close to the core: blocks are short, and share the cost of being called.
+            best, *others = (replace(tile, blocks=4) for tile in (best, *others))
     rows = max(1, best.rows // (4 * best.lines)) * best.lines
     if number >= _TASKS:
         rows = -(-spec.conv.output_size[0] // best.lines) * best.lines
