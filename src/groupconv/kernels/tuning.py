@@ -145,7 +145,7 @@ def _by_memory(spec: KernelSpec, found: list[Tile], number: int, far: bool) -> l
         # Pixels whose addresses differ by little but a power of two meet in the same places of
         # the cache: fewer of them, and more of each.
         few = [tile for tile in found if tile.vectors == tile.lines == 2]
-        return [replace(tile, blocks=blocks) for tile in few for blocks in (4, 1)]
+        return [replace(tile, blocks=4) for tile in (*few, *found[:2])]
     return []
 
 
