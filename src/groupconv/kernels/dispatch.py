@@ -2,12 +2,12 @@
 
 ``GROUPCONV_NATIVE=1`` takes a native kernel wherever one is legal, ``GROUPCONV_NATIVE=0`` never;
 otherwise those that are legal are timed on the first call of a kind, and the fastest one is
-remembered on disk. ``GROUPCONV_TUNE=0`` takes the first legal one.
+remembered on disk. ``GROUPCONV_TUNE=0`` takes the first legal one. Settings count from the first
+call of a kind on.
 """
 
 import json
 import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch import Tensor
 from groupconv.kernels import cache, openmp
 from groupconv.kernels.machine import runnable
 from groupconv.kernels.native import Native
-from groupconv.kernels.request import Request, is_channels_last
+from groupconv.kernels.request import Request
 from groupconv.kernels.spec import ConvSpec
 from groupconv.kernels.tuning import tuning
 from groupconv.timing import interleave
@@ -53,6 +53,8 @@ class Implementation(ABC):
 
 
 class _Native(Implementation):
+    """A generated kernel."""
+
     name = "native"
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
@@ -82,6 +84,8 @@ class _NativeLowPrecision(_Native):
 
 
 class _Aten(Implementation):
+    """PyTorch's own."""
+
     name = "aten"
 
     def why_not(self, request: Request) -> str | None:
@@ -128,14 +132,15 @@ class Choice:
         """The convolution; input is batched."""
         if _listeners:
             tell(self.name, self.refused)
-        if self.name == "aten":
-            return self.run(input, weight, bias)
-        if torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        if (
+            self.name != "aten"
+            and torch.is_grad_enabled()
+            and (
+                input.requires_grad
+                or weight.requires_grad
+                or (bias is not None and bias.requires_grad)
+            )
         ):
-            if any(before != after for before, after in self.conv.padding):
-                # PyTorch's backward pass knows one padding for both ends.
-                return aten(self.conv, input, weight, bias)
             return _Differentiable.apply(self, input, weight, bias)
         return self.run(input, weight, bias)
 
@@ -155,13 +160,26 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         conv: ConvSpec = ctx.conv
         input, weight = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[1:])
+        # PyTorch's backward pass knows one padding for both ends; the rest becomes part of the
+        # input.
+        common = [min(pair) for pair in conv.padding]
+        rest = [
+            (before - pad, after - pad)
+            for (before, after), pad in zip(conv.padding, common, strict=True)
+        ]
+        if uneven := any(pair != (0, 0) for pair in rest):
+            input = F.pad(input, [n for pair in reversed(rest) for n in pair])
         found = torch.ops.aten.convolution_backward(
             grads[0], input, weight, [conv.out_channels] if ctx.biased else None,
-            conv.stride, [before for before, _ in conv.padding], conv.dilation, conv.transposed,
-            conv.output_padding or [0] * len(conv.stride), conv.groups, wanted,
+            conv.stride, common, conv.dilation, conv.transposed,
+            conv.output_padding or [0] * len(conv.stride), conv.groups,
+            list(ctx.needs_input_grad[1:]),
         )  # fmt: skip
-        return None, *found
+        grad_input, *others = found
+        if uneven and grad_input is not None:
+            for axis, ((before, _), size) in enumerate(zip(rest, conv.input_size, strict=True), 2):
+                grad_input = grad_input.narrow(axis, before, size)
+        return None, grad_input, *others
 
 
 Listener = Callable[[str, dict[str, str]], None]
@@ -217,17 +235,14 @@ def choose(
     The choice is remembered by ``call`` unless that is None.
     """
     with torch.no_grad():
-        begun = time.perf_counter()
-        like = aten(conv, input, weight, bias)
-        spent = time.perf_counter() - begun
-        request = Request.of(conv, input, bias, is_channels_last(like))
+        request = Request.of(conv, input, weight, bias)
         refused = {way.name: way.why_not(request) for way in TABLE}
         runs = {way.name: way.prepare(request) for way in TABLE if refused[way.name] is None}
         best, *others = runs
         for name in others:
             refused[name] = f"{best} comes first"
         if others and tuning() and os.environ.get("GROUPCONV_NATIVE") != "1":
-            times = _compare(request, runs, spent, input, weight, bias)
+            times = _compare(request, runs, input, weight, bias)
             best = min(times, key=times.__getitem__)
             for name, seconds in times.items():
                 refused[name] = f"{seconds * 1e6:.0f} us, {best} {times[best] * 1e6:.0f} us"
@@ -243,7 +258,6 @@ def choose(
 def _compare(
     request: Request,
     runs: dict[str, Run],
-    spent: float,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -256,8 +270,7 @@ def _compare(
     if entry is not None:
         return json.loads(entry)
     calls = {name: _bind(run, input, weight, bias) for name, run in runs.items()}
-    seconds = min(_COMPARING, _COMPARING**2 / spent)
-    times = interleave(calls, seconds=seconds, min_runs=1, max_runs=50)
+    times = interleave(calls, seconds=_COMPARING, min_runs=1, max_runs=50)
     result = {name: timing.q1 for name, timing in times.items()}
     cache.write(key, json.dumps(result).encode())
     return result

@@ -29,13 +29,33 @@ class Request:
     bias: bool
 
     @classmethod
-    def of(
-        cls, conv: ConvSpec, input: Tensor, bias: Tensor | None, channels_last_output: bool
-    ) -> "Request":
+    def of(cls, conv: ConvSpec, input: Tensor, weight: Tensor, bias: Tensor | None) -> "Request":
         dense = input.is_contiguous() or is_channels_last(input)
+        channels_last_output = _channels_last_output(conv, input, weight, bias)
         # What is neither is copied once, into the layout of the output.
         channels_last = is_channels_last(input) if dense else channels_last_output
         return cls(conv, input.dtype, channels_last, channels_last_output, dense, bias is not None)
+
+
+def _channels_last_output(
+    conv: ConvSpec, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> bool:
+    """The layout that PyTorch's own convolution would give its output."""
+    dims = len(conv.input_size)
+    if dims == 3:
+        return False
+    stride, dilation, extra = conv.stride, conv.dilation, conv.output_padding or (0,) * dims
+    padding = tuple(before for before, _ in conv.padding)
+    if dims == 1:
+        # As PyTorch does: images of one row, the input contiguous, the weight as it is.
+        input = torch.empty(input.shape, dtype=input.dtype).unsqueeze(2)
+        weight = weight.unsqueeze(2)
+        stride, dilation, extra, padding = (1, *stride), (1, *dilation), (0, *extra), (0, *padding)
+    backend = torch._C._select_conv_backend(
+        input, weight, bias, stride, padding, dilation, conv.transposed, extra, conv.groups, None
+    )
+    format = torch._C._conv_determine_backend_memory_format(input, weight, backend)
+    return format == torch.channels_last
 
 
 def is_channels_last(x: Tensor) -> bool:

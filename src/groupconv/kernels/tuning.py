@@ -19,7 +19,7 @@ from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
-from groupconv.kernels.tile import SPARE, Tile, taps_at_once
+from groupconv.kernels.tile import SPARE, Tile, strips, taps_at_once
 from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned, and those left for measuring what was compiled.
@@ -30,9 +30,8 @@ _LATENCY, _PER_CYCLE = 4, 2
 _LOAD = 0.3
 # Tasks that an image should give, so that threads end together.
 _TASKS = 16
-# Rows of a tile at most, input channels of a group for which there may be several, and tiles that
-# are measured.
-_LINES, _UNROLLED, _MOST = 4, 4, 7
+# Rows of a tile at most, tiles that are measured, and multiply-adds in their code.
+_LINES, _MOST, _CODE = 4, 7, 2500
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
 # Bytes between pixels whose multiples fall on few places of the first cache.
@@ -103,10 +102,8 @@ def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Ti
     for vectors in (1, 2, 3, 4):
         kinds = blocks(spec.conv, machine.lanes, vectors)
         size = max(len(block.vectors) for block in kinds)
-        # Several rows at once pay where each loaded input meets few sums. Their code is long:
-        # every input channel has its own.
-        few = kinds[0].scalar or spec.conv.kernel_size[0] == 1 or kinds[0].width > _UNROLLED
-        most = 1 if few else _LINES
+        # Several rows at once pay where each loaded input meets few sums.
+        most = 1 if kinds[0].scalar or spec.conv.kernel_size[0] == 1 else _LINES
         for lines in range(1, min(most, spec.conv.output_size[0]) + 1):
             cycles = {
                 pixels: sum(
@@ -115,6 +112,8 @@ def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Ti
                 for pixels in _pixels(spec, machine, size * lines)
             }
             pixels = min(cycles, key=cycles.__getitem__)
+            if ranked and _code(spec, kinds[0], pixels, lines) > _CODE:
+                continue
             rows, channels = _passes(spec, machine, size, lines)
             ranked.setdefault(Tile(pixels, size, rows, channels, lines=lines), cycles[pixels])
     found = sorted(ranked, key=ranked.__getitem__)
@@ -130,6 +129,13 @@ def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Ti
         rows = -(-spec.conv.output_size[0] // best.lines) * best.lines
     choices = [best, *others[:3], replace(best, rows=rows), *others[3:]]
     return [replace(tile, ahead=far) for tile in dict.fromkeys(choices)][:_MOST]
+
+
+def _code(spec: KernelSpec, block: Block, pixels: int, lines: int) -> int:
+    """Multiply-adds in the code of one block: what loops over rows and channels leave."""
+    height, k = spec.conv.kernel_size
+    once = k * (height * lines if lines > 1 else 1) * (1 if block.scalar else block.width)
+    return len(strips(spec.conv, pixels)) * pixels * len(block.vectors) * once
 
 
 def _by_memory(spec: KernelSpec, found: list[Tile], number: int, far: bool) -> list[Tile]:
@@ -222,14 +228,16 @@ def _measure(
     begun = time.perf_counter()
     codes: list[bytes] = []
     kernels: list[Kernel] = []
-    single = 0.0
+    single = compiling = 0.0
     for tile in choices:
-        # Each is run at least four times.
-        ahead = 4 * single * (len(kernels) + 1)
-        if kernels and time.perf_counter() - begun + ahead > _BUDGET - _MEASURING:
+        # Each is run at least four times, and the next takes about as long to compile as the last.
+        ahead = compiling + 4 * single * (len(kernels) + 1)
+        started = time.perf_counter()
+        if kernels and started - begun + ahead > _BUDGET - _MEASURING:
             break
         codes.append(kernel.compile(spec, machine, tile))
         kernels.append(kernel.load(spec, machine, tile, codes[-1]))
+        compiling = time.perf_counter() - started
         if not single:
             first = _call(kernels[0], images)
             first()

@@ -312,13 +312,17 @@ def _call(
 
     ``True`` and ``1.0`` equal 1, and so would pass unchecked for a call that was legal before.
     """
+    plain: list[Any] = []
     for value in arguments:
-        if type(value) is tuple:
+        if type(value) is tuple or type(value) is list:
             if not all(type(v) is int for v in value):
                 return None
-        elif type(value) is not int and type(value) is not str:
+            plain.append(tuple(value))
+        elif type(value) is int or type(value) is str:
+            plain.append(value)
+        else:
             return None
-    return dispatch.signature(input, weight, bias, *arguments)
+    return dispatch.signature(input, weight, bias, *plain)
 
 
 def check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:
