@@ -33,9 +33,9 @@ def activate(e: Emitter, name: str | None, slope: float, x: str) -> str:
             product = e.arithmetic("fmul", x, gate)
             return e.arithmetic("fmul", product, e.constant(1 / 6))
         case "sigmoid":
-            return e.arithmetic("fdiv", e.constant(1.0), _one_plus_exp_of_minus(e, x))
+            return _sigmoid(e, x)
         case "silu":
-            return e.arithmetic("fdiv", x, _one_plus_exp_of_minus(e, x))
+            return e.arithmetic("fmul", x, _sigmoid(e, x))
     raise AssertionError(f"unknown activation {name}")
 
 
@@ -47,8 +47,13 @@ def _at_most(e: Emitter, x: str, bound: float) -> str:
     return e.select(e.less(e.constant(bound), x), e.constant(bound), x)
 
 
-def _one_plus_exp_of_minus(e: Emitter, x: str) -> str:
-    return e.arithmetic("fadd", e.constant(1.0), _exp(e, e.negate(x)))
+def _sigmoid(e: Emitter, x: str) -> str:
+    """1 / (1 + exp(-x)); 0 where that is less than the smallest normal number."""
+    one = e.constant(1.0)
+    result = e.arithmetic("fdiv", one, e.arithmetic("fadd", one, _exp(e, e.negate(x))))
+    result = e.select(e.less(x, e.constant(_EXP_LOW)), e.constant(0.0), result)
+    # The bits of a NaN are not those of a number that can be scaled.
+    return e.select(e.unordered(x), x, result)
 
 
 def _exp(e: Emitter, x: str) -> str:

@@ -69,10 +69,6 @@ class Block:
     def scalar(self) -> bool:
         return all(vector.scalar for vector in self.vectors)
 
-    def channels(self, wanted: int) -> int:
-        """Input channels in a chunk: ``wanted``, or all where vectors hold them side by side."""
-        return wanted if self.scalar else self.width
-
     def start(self, e: Emitter, index: Value) -> tuple[Value, Value]:
         """Code for the first output and the first input channel of one block."""
         outer, inner = e.div(index, self.inner), e.rem(index, self.inner)

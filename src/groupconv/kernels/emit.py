@@ -21,13 +21,14 @@ class Emitter:
         self.lanes = machine.lanes
         self.vector = f"<{machine.lanes} x float>"
         self.declarations: set[str] = set()
+        self._stack: list[str] = []
         self._lines: list[str] = []
         self._count = 0
         self._block = "entry"
 
     def text(self) -> str:
         """The body of the function."""
-        return "\n".join(["entry:", *self._lines])
+        return "\n".join(["entry:", *self._stack, *self._lines])
 
     def do(self, instruction: str) -> None:
         """An instruction without a result."""
@@ -197,6 +198,14 @@ class Emitter:
             return pointer
         return self.let(f"getelementptr float, ptr {pointer}, i64 {elements}")
 
+    def stack(self, vectors: int) -> str:
+        """Memory of this call for so many vectors."""
+        self._count += 1
+        name = f"%v{self._count}.stack"
+        # At the start of the function, so that no loop takes more and more of it.
+        self._stack.append(f"  {name} = alloca [{vectors} x {self.vector}], align 64")
+        return name
+
     def opaque(self, pointer: str) -> str:
         """The same pointer, from where LLVM can't see it.
 
@@ -337,6 +346,10 @@ class Emitter:
             rows = swapped
             half //= 2
         return rows
+
+    def unordered(self, a: str) -> str:
+        """Lane by lane, whether it is NaN."""
+        return self.let(f"fcmp uno {self.vector} {a}, {a}")
 
     @property
     def _bits(self) -> str:

@@ -6,6 +6,7 @@ the taps that need it. Taps that fall outside the image are left out: by the bou
 rows, and by the code of the tiles at both ends of a row.
 """
 
+import functools
 from collections.abc import Mapping
 
 from groupconv.kernels.activation import activate
@@ -14,7 +15,7 @@ from groupconv.kernels.emit import Emitter, Value
 from groupconv.kernels.inputs import inputs
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
-from groupconv.kernels.tile import Strip, Tile, strips, taps_at_once
+from groupconv.kernels.tile import Strip, Tile, has_total, strips, sum_channels, taps_at_once
 
 # Multiply-adds up to which the loop over input channels is unrolled, to make its own cost small.
 _LOOP_BODY = 96
@@ -48,7 +49,9 @@ class BlockFunction:
             self.output_row = conv.out_channels * spec.output_tensor_size[1] * spec.step[0]
         # Whether no row of the kernel ever falls outside the image.
         self.inside = max(conv.padding[0]) <= 0
-        self.channels = block.channels(tile.channels)
+        self.chunk = sum_channels(conv)
+        assert tile.channels % self.chunk == 0
+        self.channels = tile.channels if block.scalar else block.width
         self.weights = (
             conv.kernel_size[0] * block.width * conv.kernel_size[1]
             * len(block.vectors) * machine.lanes
@@ -130,10 +133,7 @@ class BlockFunction:
         top = e.sub(e.mul(row, conv.stride[0]), conv.padding[0][0])
         if self.tile.ahead and not block.scalar:
             self._ask_ahead(strip, lines, corner, top)
-        if lines == 1:
-            sums = self._one_line(strip, corner, w, top, channel, sums)
-        else:
-            sums = self._several_lines(strip, lines, corner, w, top, channel, sums)
+        sums = self._total(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):
             added = e.offset("%residual", at)
             if self.channels < block.width:
@@ -168,14 +168,42 @@ class BlockFunction:
             ]
         return [activate(e, spec.activation, spec.slope, value) for value in sums]
 
-    def _one_line(
+    def _total(
         self,
         strip: Strip,
+        lines: int,
         x: str,
         w: str,
         top: Value,
         channel: Value,
         sums: list[str],
+    ) -> list[str]:
+        """All products added to ``sums``: in one chain, or by way of totals in memory."""
+        e = self.e
+        add = self._one_line if lines == 1 else self._several_lines
+        if not has_total(self.conv):
+            return add(strip, lines, x, w, top, 0, sums, None)
+        totals = e.stack(len(sums))
+        for i, value in enumerate(sums):
+            e.store(value, totals, i * e.lanes)
+        if self.block.scalar:
+            with e.loop(channel, e.add(channel, self.channels), self.chunk) as first:
+                add(strip, lines, x, w, top, first, [], totals)
+        else:
+            for first in range(0, self.channels, self.chunk):
+                add(strip, lines, x, w, top, first, [], totals)
+        return [e.load(totals, i * e.lanes) for i in range(len(sums))]
+
+    def _one_line(
+        self,
+        strip: Strip,
+        lines: int,
+        x: str,
+        w: str,
+        top: Value,
+        first: Value,
+        sums: list[str],
+        totals: str | None,
     ) -> list[str]:
         """One row of outputs: a loop over the rows of the kernel that lie inside the image."""
         e, conv = self.e, self.conv
@@ -189,9 +217,8 @@ class BlockFunction:
             high = e.min(e.div(below, dilation), conv.kernel_size[0])
 
         def kernel_row(ky: Value, sums: list[str]) -> list[str]:
-            line = e.add(top, e.mul(ky, dilation))
-            source = e.offset(x, e.mul(line, self.input_row))
-            return self._channels(strip, source, w, {0: ky}, channel, sums)
+            source = e.offset(x, e.mul(e.add(top, e.mul(ky, dilation)), self.input_row))
+            return self._row(strip, lines, source, w, {0: ky}, first, sums, totals)
 
         return e.fold(low, high, 1, sums, kernel_row)
 
@@ -202,12 +229,13 @@ class BlockFunction:
         x: str,
         w: str,
         top: Value,
-        channel: Value,
+        first: Value,
         sums: list[str],
+        totals: str | None,
     ) -> list[str]:
         """Several rows of outputs: each row of the input meets all that need it."""
         e, conv = self.e, self.conv
-        meets: dict[int, dict[int, int]] = {}
+        meets: dict[int, dict[int, Value]] = {}
         for line in range(lines):
             for ky in range(conv.kernel_size[0]):
                 row = line * conv.stride[0] + ky * conv.dilation[0]
@@ -215,15 +243,35 @@ class BlockFunction:
         for row, taps in sorted(meets.items()):
             at = e.add(top, row)
             source = e.offset(x, e.mul(at, self.input_row))
+            added = functools.partial(self._row, strip, lines, source, w, taps, first, sums, totals)
             if self.inside:
-                sums = self._channels(strip, source, w, taps, channel, sums)
+                sums = added()
             else:
-                before = sums
-                sums = e.choose(
-                    e.let(f"icmp ult i64 {at}, {conv.input_size[0]}"),
-                    lambda: self._channels(strip, source, w, taps, channel, before),  # noqa: B023
-                    lambda: before,  # noqa: B023
-                )
+                inside = e.let(f"icmp ult i64 {at}, {conv.input_size[0]}")
+                sums = e.choose(inside, added, functools.partial(list, sums))
+        return sums
+
+    def _row(
+        self,
+        strip: Strip,
+        lines: int,
+        x: str,
+        w: str,
+        taps: Mapping[int, Value],
+        first: Value,
+        sums: list[str],
+        totals: str | None,
+    ) -> list[str]:
+        """Products of one row of the input, added to ``sums``, or to ``totals`` in memory."""
+        e, vectors = self.e, len(self.block.vectors)
+        if totals is None:
+            return self._channels(strip, x, w, taps, first, sums)
+        zeros = ["zeroinitializer"] * (lines * strip.size * vectors)
+        found = self._channels(strip, x, w, taps, first, zeros)
+        for line in taps:
+            for i in range(line * strip.size * vectors, (line + 1) * strip.size * vectors):
+                total = e.load(totals, i * e.lanes)
+                e.store(e.arithmetic("fadd", total, found[i]), totals, i * e.lanes)
         return sums
 
     def _channels(
@@ -235,16 +283,17 @@ class BlockFunction:
         first: Value,
         sums: list[str],
     ) -> list[str]:
-        """All input channels of one row of the input, for each line of the tile one kernel row."""
-        e, conv, count = self.e, self.conv, self.channels
+        """A chunk of channels of one row of the input, for each line of the tile one kernel row."""
+        e, conv, count = self.e, self.conv, self.chunk
         step = conv.kernel_size[1] * len(self.block.vectors) * e.lanes
         # Weights lie as [chunk of channels][kernel row][channel][kernel column][vector][lane].
         w = e.offset(w, e.mul(first, conv.kernel_size[0] * step))
         rows = {line: e.offset(w, e.mul(ky, count * step)) for line, ky in taps.items()}
         if not self.block.scalar:
+            assert isinstance(first, int)
             for i in range(count):
                 at = {line: e.offset(row, i * step) for line, row in rows.items()}
-                sums = self._taps(strip, e.opaque(x), at, i, sums)
+                sums = self._taps(strip, e.opaque(x), at, first + i, sums)
             return sums
         unroll = self._unroll(len(sums) * len(taps), count)
 

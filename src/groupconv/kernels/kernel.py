@@ -39,8 +39,7 @@ class Kernel:
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` (float32, ``spec.conv.weight_shape``) as :meth:`__call__` takes it."""
         kinds = blocks(self.spec.conv, self.machine.lanes, self.tile.vectors)
-        lanes, channels = self.machine.lanes, self.tile.channels
-        return packing.pack(weight, self.spec.conv, kinds, lanes, channels)
+        return packing.pack(weight, self.spec.conv, kinds, self.machine.lanes)
 
     def __call__(
         self,

@@ -5,19 +5,19 @@ from torch import Tensor
 
 from groupconv.kernels.blocks import Block
 from groupconv.kernels.spec import ConvSpec
+from groupconv.kernels.tile import sum_channels
 
 
-def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int, channels: int) -> Tensor:
+def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int) -> Tensor:
     """Flatten ``weight`` as the blocks, one after another, read it.
 
     A block reads ``[chunk][kernel row][channel][kernel column][vector][lane]``, where a chunk is
-    ``channels`` input channels; lanes without an output channel hold zero.
+    ``sum_channels(conv)`` input channels; lanes without an output channel hold zero.
 
     Args:
         weight: ``conv.weight_shape``.
         kinds: the blocks of the kernel.
         lanes: of the machine.
-        channels: of the kernel's tile.
 
     Returns:
         1-d tensor.
@@ -25,10 +25,9 @@ def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int, channel
     out, width, height, columns = weight.shape
     # The row past the end stands for the lanes without an output channel.
     padded = torch.cat([weight, weight.new_zeros(1, width, height, columns)])
-    parts = []
+    parts, chunk = [], sum_channels(conv)
     for block in kinds:
         table = torch.full((block.count, len(block.vectors), lanes), out)
-        chunk = block.channels(channels)
         starts = torch.tensor([first for first, _ in block.starts()])
         for q, vector in enumerate(block.vectors):
             used = torch.arange(len(vector.sources)) + vector.offset

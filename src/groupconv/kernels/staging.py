@@ -78,7 +78,7 @@ class OutputStage:
 
     def write(self) -> str:
         e = self.e
-        if self.spec.step == (1, 1):
+        if self.spec.output_tensor_size == self.spec.conv.output_size:
             _in_squares(e, self.channels, blocked=True, square=self._square, single=self._single)
         else:
             self._apart()

@@ -1,5 +1,6 @@
 """How the work of a kernel is cut into pieces that registers and caches hold."""
 
+import math
 from dataclasses import dataclass
 
 from groupconv.kernels.machine import Machine
@@ -7,17 +8,20 @@ from groupconv.kernels.spec import ConvSpec
 
 # Registers for the inputs at hand: with fewer to choose from LLVM spills now and then.
 SPARE = 3
+# Products in one chain of sums.
+_TERMS = 128
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How the work is cut. Tiles of the same ``channels`` give the same numbers, bit by bit.
+    """How the work is cut. All tiles give the same numbers, bit by bit.
 
     Args:
         pixels: neighbouring output pixels whose sums are kept in registers.
         vectors: vectors of output channels beside them.
         rows: output rows that pass before the next blocks of channels are taken.
-        channels: input channels that pass before the next rows are taken.
+        channels: input channels that pass before the next rows are taken, a multiple of
+            :func:`sum_channels`.
         blocks: blocks of channels that are finished before the next pixels are taken; one where
             the rows are staged.
         lines: rows of output pixels whose sums are kept in registers.
@@ -50,6 +54,25 @@ class Strip:
     count: int
     left: int
     right: int
+
+
+def sum_channels(conv: ConvSpec) -> int:
+    """Input channels of one row of the kernel that are summed before they join the total.
+
+    One long chain of sums loses accuracy with its length; a total of short ones much less. Where a
+    group has few products they are one chain, and this is all its channels. The number depends on
+    the convolution alone, and so do the bits of the result.
+    """
+    width = conv.in_channels // conv.groups
+    if not has_total(conv):
+        return width
+    most = max(1, _TERMS // conv.kernel_size[1])
+    return max(n for n in range(1, min(width, most) + 1) if width % n == 0)
+
+
+def has_total(conv: ConvSpec) -> bool:
+    """Whether the products of one output are more than one chain of sums."""
+    return conv.in_channels // conv.groups * math.prod(conv.kernel_size) > _TERMS
 
 
 def strips(conv: ConvSpec, pixels: int) -> list[Strip]:

@@ -19,7 +19,7 @@ from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
-from groupconv.kernels.tile import SPARE, Tile, strips, taps_at_once
+from groupconv.kernels.tile import SPARE, Tile, strips, sum_channels, taps_at_once
 from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned, and those left for measuring what was compiled.
@@ -105,11 +105,14 @@ def candidates(spec: KernelSpec, machine: Machine, far: bool = False) -> list[Ti
         # Several rows at once pay where each loaded input meets few sums.
         most = 1 if kinds[0].scalar or spec.conv.kernel_size[0] == 1 else _LINES
         for lines in range(1, min(most, spec.conv.output_size[0]) + 1):
+            fitting = _pixels(spec, machine, size * lines)
+            if not fitting:
+                continue
             cycles = {
                 pixels: sum(
                     block.count * _cycles(spec, machine, pixels, lines, block) for block in kinds
                 )
-                for pixels in _pixels(spec, machine, size * lines)
+                for pixels in fitting
             }
             pixels = min(cycles, key=cycles.__getitem__)
             if ranked and _code(spec, kinds[0], pixels, lines) > _CODE:
@@ -165,7 +168,7 @@ def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
             # Tiles of about equal size.
             found.add(math.ceil(width / math.ceil(width / most)))
             found.add(math.ceil(width / math.ceil(width / max(1, most // 2))))
-    return sorted(found) or [1]
+    return sorted(found)
 
 
 def _cycles(spec: KernelSpec, machine: Machine, pixels: int, lines: int, block: Block) -> float:
@@ -213,11 +216,10 @@ def _passes(spec: KernelSpec, machine: Machine, vectors: int, lines: int) -> tup
     rows = -(-height // -(-height // rows))
     rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
-    # The same for all tiles of a convolution: the order of its sums depends on it.
-    weights = 4 * math.prod(conv.kernel_size) * 2 * machine.lanes
-    channels = width
-    while channels % 2 == 0 and channels * weights > _WEIGHTS:
-        channels //= 2
+    weights = 4 * math.prod(conv.kernel_size) * vectors * machine.lanes
+    chunk = sum_channels(conv)
+    legal = [n for n in range(chunk, width + 1, chunk) if width % n == 0]
+    channels = max((n for n in legal if n * weights <= _WEIGHTS), default=chunk)
     return rows, channels
 
 
