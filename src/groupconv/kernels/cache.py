@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from groupconv.version import __version__
 
 # Bytes of all entries together; the least recently used are removed first.
 LIMIT = 128 * 2**20
-_SUFFIX = ".kernel"
+_SUFFIX, _PART = ".kernel", ".part"
+# Seconds after which a file is no longer being written.
+_ABANDONED = 3600
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -54,8 +57,11 @@ def read(key: str) -> bytes | None:
     if why_not() is not None:
         return None
     path = _path(key)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
             data = file.read()
         os.utime(path)
     except OSError:
@@ -70,7 +76,7 @@ def write(key: str, content: bytes) -> None:
     if why_not() is not None:
         return
     try:
-        handle, name = tempfile.mkstemp(dir=folder(), suffix=".part")
+        handle, name = tempfile.mkstemp(dir=folder(), suffix=_PART)
         try:
             with open(handle, "wb") as file:
                 file.write(_digest(key, content) + content)
@@ -92,15 +98,16 @@ class Usage:
 
 
 def usage() -> Usage:
-    sizes = [entry.stat().st_size for entry in _entries()]
+    sizes = [status.st_size for _, status in _entries()]
     return Usage(len(sizes), sum(sizes))
 
 
 def clear() -> Usage:
     """Remove every entry; returns what there was."""
     before = usage()
-    for entry in _entries():
+    for entry, _ in _entries():
         entry.unlink(missing_ok=True)
+    _sweep()
     return before
 
 
@@ -128,22 +135,38 @@ def _path(key: str) -> Path:
     return folder() / f"{key}{_SUFFIX}"
 
 
-def _entries() -> list[Path]:
-    return sorted(folder().glob(f"*{_SUFFIX}")) if folder().is_dir() else []
+def _entries(suffix: str = _SUFFIX) -> list[tuple[Path, os.stat_result]]:
+    """Files of the folder, the least recently used first; none where there is no folder."""
+    found = []
+    try:
+        paths = list(folder().glob(f"*{suffix}"))
+    except (OSError, RuntimeError):
+        return []
+    for path in paths:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            # Removed just now by another process.
+            continue
+        if stat.S_ISREG(status.st_mode):
+            found.append((path, status))
+    return sorted(found, key=lambda entry: entry[1].st_mtime)
 
 
 def _shrink() -> None:
     """Remove the least recently used entries until the rest fits the limit."""
-    found = []
-    for entry in _entries():
-        try:
-            status = entry.stat()
-        except FileNotFoundError:
-            continue
-        found.append((status.st_mtime, status.st_size, entry))
-    total = sum(size for _, size, _ in found)
-    for _, size, entry in sorted(found):
+    found = _entries()
+    total = sum(status.st_size for _, status in found)
+    for path, status in found:
         if total <= LIMIT:
-            return
-        entry.unlink(missing_ok=True)
-        total -= size
+            break
+        path.unlink(missing_ok=True)
+        total -= status.st_size
+    _sweep()
+
+
+def _sweep() -> None:
+    """Remove what writers that were killed left behind."""
+    for path, status in _entries(_PART):
+        if time.time() - status.st_mtime > _ABANDONED:
+            path.unlink(missing_ok=True)

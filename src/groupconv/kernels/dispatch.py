@@ -66,6 +66,8 @@ class _Native(Implementation):
         if request.dtype not in self.dtypes:
             legal = " or ".join(str(dtype) for dtype in self.dtypes)
             return f"the input is {request.dtype}, this takes {legal}"
+        if request.mixed:
+            return "input, weight and bias differ in dtype"
         if len(request.conv.input_size) == 3:
             return "kernels have 1 or 2 spatial axes, the input has 3"
         if request.conv.batch == 0:

@@ -1,9 +1,9 @@
 """A fingerprint of numbers in memory, at the speed of reading them.
 
 Weights can change without any sign of it, so they are looked at before each use of what was made
-from them. Each lane of a few vectors runs a chain ``h = rotate((h ^ word) * odd)`` over its share
-of the words. A step can be undone when its word is known, so one changed word in a chain always
-shows; several may cancel out by a chance of 1 in 2**32 for each chain they meet.
+from them. Each lane of a few vectors runs a chain over its share of the words: add the word,
+multiply by an odd number, fold the high bits into the low ones. A step can be undone when its word
+is known, so one changed word in a chain always shows; several may cancel out by chance.
 """
 
 import ctypes
@@ -15,8 +15,8 @@ from groupconv.kernels.machine import Machine, runnable
 
 # Chains side by side, so that each waits for its last step while others run.
 _VECTORS = 8
-# An odd number without pattern (from MurmurHash3), and bits to turn by.
-_FACTOR, _TURN = 0x85EBCA6B, 15
+# An odd number without pattern (from MurmurHash3), and how far high bits are folded down.
+_FACTOR, _FOLD = 0x85EBCA6B, 15
 _NAME = "fingerprint"
 _PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
@@ -36,26 +36,23 @@ def emit(machine: Machine) -> str:
     """
     e = Emitter(machine)
     integers = f"<{machine.lanes} x i32>"
-    e.declarations.add(
-        f"declare {integers} @llvm.fshl.v{machine.lanes}i32({integers}, {integers}, {integers})"
-    )
-    e.declarations.add("declare i32 @llvm.fshl.i32(i32, i32, i32)")
     stride = _VECTORS * machine.lanes
 
     def as_integers(vector: str) -> str:
         return e.let(f"bitcast {e.vector} {vector} to {integers}")
 
+    def mix(type: str, state: str, word: str, constant: str) -> str:
+        added = e.let(f"add {type} {state}, {word}")
+        product = e.let(f"mul {type} {added}, {constant.format(_FACTOR)}")
+        high = e.let(f"lshr {type} {product}, {constant.format(_FOLD)}")
+        return e.let(f"xor {type} {product}, {high}")
+
     def step(at: str | int, states: list[str]) -> list[str]:
         results = []
         for i, state in enumerate(states):
             word = as_integers(e.load("%data", e.add(at, i * machine.lanes)))
-            mixed = e.let(f"xor {integers} {as_integers(state)}, {word}")
-            product = e.let(f"mul {integers} {mixed}, splat (i32 {_FACTOR})")
-            turned = e.let(
-                f"call {integers} @llvm.fshl.v{machine.lanes}i32({integers} {product}, "
-                f"{integers} {product}, {integers} splat (i32 {_TURN}))"
-            )
-            results.append(e.let(f"bitcast {integers} {turned} to {e.vector}"))
+            mixed = mix(integers, as_integers(state), word, "splat (i32 {})")
+            results.append(e.let(f"bitcast {integers} {mixed} to {e.vector}"))
         return results
 
     whole = e.mul(e.div("%words", stride), stride)
@@ -66,9 +63,7 @@ def emit(machine: Machine) -> str:
     with e.loop(whole, "%words") as at:
         place = e.offset("%data", at)
         word, state = e.let(f"load i32, ptr {place}"), e.let(f"load i32, ptr {rest}")
-        product = e.let(f"mul i32 {e.let(f'xor i32 {state}, {word}')}, {_FACTOR}")
-        turned = e.let(f"call i32 @llvm.fshl.i32(i32 {product}, i32 {product}, i32 {_TURN})")
-        e.do(f"store i32 {turned}, ptr {rest}")
+        e.do(f"store i32 {mix('i32', state, word, '{}')}, ptr {rest}")
 
     last = e.let(f"load i32, ptr {rest}")
     before = e.let(f"load i32, ptr {e.offset('%expected', stride)}")

@@ -1,6 +1,7 @@
 """LLVM IR to machine code, and machine code into this process."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,13 @@ from groupconv.kernels.machine import Machine
 
 Function = Callable[..., Any]
 
-# LLVM's objects are not to be used by two threads at once.
+# LLVM's objects are not to be used by two threads at once, nor in the middle of their work by a
+# child that is forked.
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 @functools.cache

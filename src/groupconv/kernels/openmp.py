@@ -19,7 +19,8 @@ def _after_fork() -> None:
 
 
 # The pool's threads don't survive a fork; waiting for them would hang.
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)

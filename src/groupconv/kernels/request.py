@@ -19,6 +19,7 @@ class Request:
         channels_last_input, channels_last_output: NHWC in memory; the output's as PyTorch has it.
         dense: whether the input's memory is in one of the two layouts.
         bias: whether there is one.
+        mixed: whether weight or bias are of another dtype than the input.
     """
 
     conv: ConvSpec
@@ -27,6 +28,7 @@ class Request:
     channels_last_output: bool
     dense: bool
     bias: bool
+    mixed: bool = False
 
     @classmethod
     def of(cls, conv: ConvSpec, input: Tensor, weight: Tensor, bias: Tensor | None) -> "Request":
@@ -34,7 +36,10 @@ class Request:
         channels_last_output = _channels_last_output(conv, input, weight, bias)
         # What is neither is copied once, into the layout of the output.
         channels_last = is_channels_last(input) if dense else channels_last_output
-        return cls(conv, input.dtype, channels_last, channels_last_output, dense, bias is not None)
+        mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+        return cls(
+            conv, input.dtype, channels_last, channels_last_output, dense, bias is not None, mixed
+        )
 
 
 def _channels_last_output(
@@ -48,7 +53,9 @@ def _channels_last_output(
     padding = tuple(before for before, _ in conv.padding)
     if dims == 1:
         # As PyTorch does: images of one row, the input contiguous, the weight as it is.
-        input = torch.empty(input.shape, dtype=input.dtype).unsqueeze(2)
+        if not input.is_contiguous():
+            input = torch.empty(input.shape, dtype=input.dtype)
+        input = input.unsqueeze(2)
         weight = weight.unsqueeze(2)
         stride, dilation, extra, padding = (1, *stride), (1, *dilation), (0, *extra), (0, *padding)
     backend = torch._C._select_conv_backend(
@@ -92,4 +99,6 @@ def why_lowered(*tensors: Tensor | None) -> str | None:
             return f"a tensor is on {tensor.device}, kernels run on the CPU"
         if tensor.layout is not torch.strided or tensor.is_neg():
             return "a tensor does not hold its numbers as they are"
+        if not tensor.data_ptr():
+            return "a tensor is empty, or has no memory"
     return None

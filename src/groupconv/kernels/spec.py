@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from groupconv.errors import ArgumentError
 
 Ints = int | Sequence[int]
@@ -51,6 +53,8 @@ def check_groups(where: str, in_channels: int, out_channels: int | None, groups:
 def to_tuple(where: str, name: str, value: Ints, dims: int, minimum: int) -> tuple[int, ...]:
     """``value`` as ``dims`` integers, each at least ``minimum``; a single one is repeated."""
     values = tuple(value) if isinstance(value, Sequence) else (value,)
+    # NumPy's integers become Python's, which don't overflow.
+    values = tuple(int(v) if isinstance(v, np.integer) else v for v in values)
     if len(values) == 1:
         values = values * dims
     if len(values) != dims or not all(is_int(v) and v >= minimum for v in values):

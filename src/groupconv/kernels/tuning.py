@@ -64,6 +64,16 @@ _known: dict[tuple[KernelSpec, Machine, bool, bool], Kernel] = {}
 _lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """The thread that held the lock is not in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _recall(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel | None:
     entry = cache.read(cache.key(spec, machine, measured, far))
     if entry is None:

@@ -28,7 +28,7 @@ class _Entry:
     packed: tuple[Tensor, ...]
 
 
-_entries: dict[tuple[int, Hashable], _Entry] = {}
+_entries: dict[tuple[int, torch.dtype, Hashable], _Entry] = {}
 
 
 def packed(
@@ -38,9 +38,9 @@ def packed(
 
     Args:
         weight: the weights.
-        key: names what ``pack`` does, and the shape and dtype that it does it to.
+        key: names what ``pack`` does, and the shape that it does it to.
     """
-    name = (id(weight), key)
+    name = (id(weight), weight.dtype, key)
     entry = _entries.get(name)
     if (
         entry is not None
@@ -52,13 +52,14 @@ def packed(
     # Weights with gaps between them, or half a word too long, are packed each time.
     if weight.nbytes % 4 or not _dense(weight):
         return pack(weight.detach())
-    # The fingerprint comes first: were the weights changed meanwhile, it would not match again.
+    # Of a copy, which nobody changes between the fingerprint and the packing.
+    copy = weight.detach().clone()
     state = torch.zeros(words(runnable()[0]), dtype=torch.int32)
-    fingerprint()(weight.data_ptr(), weight.nbytes // 4, state.data_ptr(), state.data_ptr())
+    fingerprint()(copy.data_ptr(), copy.nbytes // 4, state.data_ptr(), state.data_ptr())
     owner = weakref.ref(weight, lambda _: _entries.pop(name, None))
-    result = pack(weight.detach())
+    result = pack(copy)
     _entries[name] = _Entry(
-        owner, weight.stride(), weight.nbytes // 4, state, state.data_ptr(), result
+        owner, weight.stride(), copy.nbytes // 4, state, state.data_ptr(), result
     )
     return result
 

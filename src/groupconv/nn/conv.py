@@ -26,6 +26,7 @@ from groupconv.nn.functional import (
     group_conv_transpose1d,
     group_conv_transpose2d,
     group_conv_transpose3d,
+    traced,
 )
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -274,7 +275,7 @@ def _rescale_bias(layer: _ConvNd) -> None:
 
 def _check_wrap(layer: _GroupConvNd, input: Tensor) -> None:
     """Reflected and circular padding take their pixels from the input: it must have enough."""
-    if layer.padding_mode == "replicate" or torch.compiler.is_compiling():
+    if layer.padding_mode == "replicate" or traced():
         return
     spare = 1 if layer.padding_mode == "reflect" else 0
     pads = layer._reversed_padding_repeated_twice

@@ -203,6 +203,8 @@ def _conv(
         call = _call(input, weight, bias, where, stride, padding, dilation, groups)
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
+    if torch.jit.is_tracing():
+        return _CONV[dims - 1](input, weight, bias, stride, padding, dilation, groups)
 
     in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
@@ -240,7 +242,7 @@ def _conv(
         stride=strides,
         padding=tuple(both),
         dilation=dilations,
-        groups=groups,
+        groups=int(groups),
     )
     return dispatch.choose(call, conv, input, weight, bias)(input, weight, bias)
 
@@ -263,6 +265,10 @@ def _conv_transpose(
         call = _call(input, weight, bias, where, stride, padding, dilation, groups, output_padding)
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
+    if torch.jit.is_tracing():
+        return _CONV_TRANSPOSE[dims - 1](
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
 
     in_channels = check_input(where, dims, input, weight)
     strides = to_tuple(where, "stride", stride, dims, 1)
@@ -298,11 +304,16 @@ def _conv_transpose(
         stride=strides,
         padding=tuple((pad, pad) for pad in pads),
         dilation=dilations,
-        groups=groups,
+        groups=int(groups),
         transposed=True,
         output_padding=extra,
     )
     return dispatch.choose(call, conv, input, weight, bias)(input, weight, bias)
+
+
+def traced() -> bool:
+    """Whether sizes are symbols, or tensors: asking would fix them, and torch asks for itself."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _call(
@@ -335,8 +346,7 @@ def check_input(where: str, dims: int, input: Tensor, weight: Tensor) -> int:
             f"{where}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; "
             f"expected {dims + 2} axes for both, or {dims + 1} for an unbatched input"
         )
-    # A traced size is a symbol: asking would fix it, and torch asks for itself.
-    if not torch.compiler.is_compiling() and min(*input.shape[-dims - 1 :], *weight.shape) < 1:
+    if not traced() and min(*input.shape[-dims - 1 :], *weight.shape) < 1:
         raise ArgumentError(
             f"{where}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; "
             "only the batch may be empty"
@@ -358,7 +368,7 @@ def _check_kernel_fits(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> None:
-    if torch.compiler.is_compiling():
+    if traced():
         return
     for axis, (n, k, p, d) in enumerate(zip(size, kernel_size, padding, dilation, strict=True)):
         if n + 2 * p < d * (k - 1) + 1:
@@ -378,7 +388,7 @@ def _check_output(
     dilation: Sequence[int],
 ) -> None:
     """Raise ArgumentError if a transposed convolution's padding cuts off the whole output."""
-    if torch.compiler.is_compiling():
+    if traced():
         return
     axes = zip(size, kernel_size, stride, padding, output_padding, dilation, strict=True)
     for axis, (n, k, s, p, extra, d) in enumerate(axes):
