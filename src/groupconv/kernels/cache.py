@@ -63,7 +63,8 @@ def read(key: str) -> bytes | None:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
             data = file.read()
-        os.utime(path)
+        # The clock of the file system is a coarse one.
+        os.utime(path, ns=(time.time_ns(), time.time_ns()))
     except OSError:
         # Missing, or removed just now by another process: not there either way.
         return None
@@ -150,7 +151,7 @@ def _entries(suffix: str = _SUFFIX) -> list[tuple[Path, os.stat_result]]:
             continue
         if stat.S_ISREG(status.st_mode):
             found.append((path, status))
-    return sorted(found, key=lambda entry: entry[1].st_mtime)
+    return sorted(found, key=lambda entry: entry[1].st_mtime_ns)
 
 
 def _shrink() -> None:
