@@ -146,9 +146,6 @@ def test_explain_errors(
     assert "Traceback" not in err
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="PyTorch's own errors come with a traceback"
-)
 def test_explain_with_a_shape_that_does_not_fit(run: Run) -> None:
     status, out, err = run("explain", "net.py:build", "--shape", "1,5,9,9")
     assert (status, out) == (2, "")
@@ -180,7 +177,6 @@ def test_cache_shows_and_clears(run: Run, work: Path) -> None:
     assert one_object(run("cache", "--json")[1])["entries"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="lines are wrapped, and a path with them")
 def test_cache_names_its_folder_in_one_line(
     run: Run, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +206,6 @@ def _without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pwd, "getpwuid", nobody)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="folder() is asked for all the same")
 @pytest.mark.parametrize("verb", ["cache", "doctor"])
 def test_no_home(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_a_home(monkeypatch)
@@ -281,7 +276,6 @@ def test_doctor_finds_a_wrong_kernel(
         assert "WRONG" in err
 
 
-@pytest.mark.xfail(strict=True, reason="an error of NaN is printed as NaN, which is no JSON")
 def test_doctor_prints_json_for_a_kernel_of_nan(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _wrong(monkeypatch, float("nan"))
     _, out, _ = run("doctor", "--json")

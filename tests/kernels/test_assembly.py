@@ -73,7 +73,11 @@ def test_inner_loops_are_vectors_in_registers(name: str, layer: str) -> None:
 
 def test_the_checks_see_spills_and_single_values() -> None:
     """What the test above counts is there to be found in other code."""
-    lines = ["vmovups\t32(%rsp), %ymm1", "vmovaps %ymm2, -8(%rsp)", "vfmadd231ss %xmm1, %xmm2, %xmm3"]
+    lines = [
+        "vmovups\t32(%rsp), %ymm1",
+        "vmovaps %ymm2, -8(%rsp)",
+        "vfmadd231ss %xmm1, %xmm2, %xmm3",
+    ]
     assert _count(AVX_SPILL, lines) == 2
     assert _count(AVX_SINGLE, lines) == 1
     assert _count(SPILL["neon"], ["ldr\tq1, [sp, #64]", "ldr q0, [x1]"]) == 1

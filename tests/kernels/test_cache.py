@@ -380,7 +380,6 @@ def test_folder_in_place_of_an_entry(folder: Path) -> None:
     [
         pytest.param(
             Path.mkdir,
-            marks=pytest.mark.xfail(strict=True, reason="a folder is opened, and stays open"),
         ),
         os.mkfifo,
         Path.touch,

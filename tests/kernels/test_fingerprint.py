@@ -216,9 +216,6 @@ def test_two_changed_bits_of_a_chain_are_seen(machine: Machine) -> None:
         data[i + stride] ^= 1 << second
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the sign is folded onto one more bit only: every second pair cancels out"
-)
 @every_machine
 def test_two_signs_and_a_small_step_are_seen(machine: Machine) -> None:
     """Of two weights, one of which also moves to the next number of bfloat16."""

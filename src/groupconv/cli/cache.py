@@ -18,7 +18,7 @@ def cache(
     if json:
         print_json(
             {
-                "folder": str(store.folder()),
+                "folder": store.place(),
                 "entries": usage.entries,
                 "bytes": usage.bytes,
                 "limit": store.LIMIT,
@@ -28,7 +28,8 @@ def cache(
         )
         return
     size = f"{usage.entries} entries, {usage.bytes / 2**20:.1f} MiB"
-    people.print(f"{store.folder()}: {'removed ' if clear else ''}{size}", highlight=False)
-    people.print(f"limit: {store.LIMIT / 2**20:.0f} MiB", highlight=False)
+    lines = [f"{store.place()}: {'removed ' if clear else ''}{size}"]
+    lines.append(f"limit: {store.LIMIT / 2**20:.0f} MiB")
     if reason is not None:
-        people.print(f"not used: {reason}", highlight=False)
+        lines.append(f"not used: {reason}")
+    people.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """``groupconv doctor``: what the kernels find on this machine, and whether they work."""
 
+import math
 import os
 import time
 from typing import Any
@@ -31,7 +32,7 @@ def doctor(json: JsonFlag = False) -> None:
         "instruction_sets": [m.name for m in runnable()],
         "openmp": pool.path if pool else None,
         "threads": openmp.threads(),
-        "cache": {"folder": str(cache.folder()), "unused": kept},
+        "cache": {"folder": cache.place(), "unused": kept},
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "order": [way.name for way in dispatch.TABLE],
     }
@@ -44,7 +45,7 @@ def doctor(json: JsonFlag = False) -> None:
     if not runnable():
         raise GroupConvError("no code can be generated for this processor: PyTorch's kernels run")
     if not found["check"]["right"]:
-        raise GroupConvError(f"a kernel is wrong by {found['check']['error']:.1e} on this machine")
+        raise GroupConvError(f"a kernel is wrong by {found['check']['error']} on this machine")
 
 
 def _check(best: Machine) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _check(best: Machine) -> dict[str, Any]:
     return {
         "layer": "128 channels, 56x56, 3x3, 32 groups",
         "instruction_set": best.name,
-        "error": error,
+        "error": error if math.isfinite(error) else None,
         "right": error < 1e-5,
         "ready_after": ready,
         "latency": {name: timing.median for name, timing in times.items()},

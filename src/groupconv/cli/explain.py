@@ -9,6 +9,7 @@ import typer
 import groupconv
 from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_model, sizes
+from groupconv.errors import ArgumentError, GroupConvError
 
 
 def explain(
@@ -19,7 +20,12 @@ def explain(
 ) -> None:
     """Run a model once and show, for each convolution, what ran it and why."""
     net = load_model(model, weights)
-    result = groupconv.explain(net, torch.randn(sizes(shape)))
+    try:
+        result = groupconv.explain(net, torch.randn(sizes(shape)))
+    except RuntimeError as error:
+        if isinstance(error, GroupConvError):
+            raise
+        raise ArgumentError(f"the model can't run on shape={shape}: {error}") from error
     if json:
         print_json(result.to_dict())
     else:

@@ -35,6 +35,14 @@ def folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "groupconv"
 
 
+def place() -> str:
+    """The folder, or why there is none, as text."""
+    try:
+        return str(folder())
+    except RuntimeError as error:
+        return f"no folder: {error}"
+
+
 def why_not() -> str | None:
     """Why no cache is kept, or None when one is. Makes the folder where it is missing."""
     try:
@@ -59,9 +67,11 @@ def read(key: str) -> bytes | None:
     path = _path(key)
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return None
+        handle = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            return None
+        with open(handle, "rb") as file:
             data = file.read()
         # The clock of the file system is a coarse one.
         os.utime(path, ns=(time.time_ns(), time.time_ns()))

@@ -70,8 +70,6 @@ class _Native(Implementation):
             return "input, weight and bias differ in dtype"
         if len(request.conv.input_size) == 3:
             return "kernels have 1 or 2 spatial axes, the input has 3"
-        if request.conv.batch == 0:
-            return "the batch is empty"
         return None
 
     def prepare(self, request: Request) -> Run:

@@ -1,9 +1,9 @@
 """A fingerprint of numbers in memory, at the speed of reading them.
 
 Weights can change without any sign of it, so they are looked at before each use of what was made
-from them. Each lane of a few vectors runs a chain over its share of the words: add the word,
-multiply by an odd number, fold the high bits into the low ones. A step can be undone when its word
-is known, so one changed word in a chain always shows; several may cancel out by chance.
+from them. Each lane of a few vectors runs a chain over its share of the words: add the word, fold
+the high bits into the low ones, multiply by an odd number. A step can be undone when its word is
+known, so one changed word in a chain always shows; several may cancel out by chance.
 """
 
 import ctypes
@@ -43,9 +43,10 @@ def emit(machine: Machine) -> str:
 
     def mix(type: str, state: str, word: str, constant: str) -> str:
         added = e.let(f"add {type} {state}, {word}")
-        product = e.let(f"mul {type} {added}, {constant.format(_FACTOR)}")
-        high = e.let(f"lshr {type} {product}, {constant.format(_FOLD)}")
-        return e.let(f"xor {type} {product}, {high}")
+        # Before the product, whose highest bit depends on no other bit's change.
+        high = e.let(f"lshr {type} {added}, {constant.format(_FOLD)}")
+        folded = e.let(f"xor {type} {added}, {high}")
+        return e.let(f"mul {type} {folded}, {constant.format(_FACTOR)}")
 
     def step(at: str | int, states: list[str]) -> list[str]:
         results = []

@@ -1,5 +1,6 @@
 """explain(): which implementation runs each convolution of a module, and why the others don't."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,11 +61,18 @@ def explain(module: nn.Module, example_input: Any) -> Explanation:
     Returns:
         :class:`Explanation`, with one entry for each call in the order of the calls.
 
+    The module runs in evaluation mode, so that nothing in it changes.
+
     Raises:
-        ArgumentError: module is not a module.
+        ArgumentError: module is not a module, or is the result of torch.compile.
     """
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"explain: module={module!r} must be a torch.nn.Module")
+    if type(module).__name__ == "OptimizedModule":
+        raise ArgumentError(
+            "explain: module is the result of torch.compile, where every layer is one "
+            "aten.convolution; pass the module that was compiled"
+        )
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     calls: list[Explained] = []
     with _hooked(module, calls), torch.no_grad():
@@ -76,8 +84,11 @@ def explain(module: nn.Module, example_input: Any) -> Explanation:
 def _hooked(module: nn.Module, calls: list[Explained]) -> Iterator[None]:
     """While the block runs, note the calls of every convolution of ``module``."""
     stack: list[str] = []
+    thread = threading.get_ident()
 
     def note(choice: str, refused: dict[str, str]) -> None:
+        if threading.get_ident() != thread:
+            return
         layer = module.get_submodule(stack[-1]) if stack else module
         calls.append(Explained(stack[-1] if stack else "", str(layer), choice, refused))
 
@@ -88,13 +99,22 @@ def _hooked(module: nn.Module, calls: list[Explained]) -> Iterator[None]:
             reason = f"the layer is a {kind} of torch; groupconv.nn has layers that use it"
             note("aten", {"native": reason})
 
+    def leave(name: str) -> None:
+        # Another's hook may have ended the call before ours noted its begin.
+        if stack and stack[-1] == name:
+            stack.pop()
+
+    training = {layer: layer.training for layer in module.modules()}
+    module.eval()
     hooks = []
     for name, layer in module.named_modules(remove_duplicate=True):
         hooks.append(layer.register_forward_pre_hook(lambda m, _, n=name: enter(n, m)))
-        hooks.append(layer.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
+        hooks.append(layer.register_forward_hook(lambda *_, n=name: leave(n), always_call=True))
     try:
         with dispatch.listening(note):
             yield
     finally:
         for hook in hooks:
             hook.remove()
+        for layer, mode in training.items():
+            layer.training = mode

@@ -204,6 +204,7 @@ def _conv(
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
     if torch.jit.is_tracing():
+        dispatch.tell_lowered("torch.jit is tracing")
         return _CONV[dims - 1](input, weight, bias, stride, padding, dilation, groups)
 
     in_channels = check_input(where, dims, input, weight)
@@ -266,6 +267,7 @@ def _conv_transpose(
     if call is not None and (choice := dispatch.known(call)) is not None:
         return choice(input, weight, bias)
     if torch.jit.is_tracing():
+        dispatch.tell_lowered("torch.jit is tracing")
         return _CONV_TRANSPOSE[dims - 1](
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
