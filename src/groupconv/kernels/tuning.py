@@ -24,6 +24,8 @@ from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned, and those left for measuring what was compiled.
 _BUDGET, _MEASURING = 0.27, 0.08
+# Ratio of two times below which they are the same.
+_NOISE = 1.02
 # Cycles until a sum can be added to again; two sums are begun in each cycle.
 _LATENCY, _PER_CYCLE = 4, 2
 # Cycles that a load costs beside the arithmetic.
@@ -259,7 +261,9 @@ def _measure(
     left = max(0.0, _BUDGET - (time.perf_counter() - begun))
     calls = {str(i): _call(made, images) for i, made in enumerate(kernels)}
     times = interleave(calls, seconds=min(left, _MEASURING), min_runs=2, max_runs=60)
-    best = min(range(len(kernels)), key=lambda i: times[str(i)].q1)
+    least = min(timing.q1 for timing in times.values())
+    # What looked better on paper wins where the clock can't tell.
+    best = next(i for i in range(len(kernels)) if times[str(i)].q1 <= _NOISE * least)
     return codes[best], kernels[best]
 
 
