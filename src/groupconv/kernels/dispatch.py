@@ -160,15 +160,10 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         conv: ConvSpec = ctx.conv
         input, weight = ctx.saved_tensors
-        # PyTorch's backward pass knows one padding for both ends; the rest becomes part of the
-        # input.
-        common = [min(pair) for pair in conv.padding]
-        rest = [
-            (before - pad, after - pad)
-            for (before, after), pad in zip(conv.padding, common, strict=True)
-        ]
-        if uneven := any(pair != (0, 0) for pair in rest):
-            input = F.pad(input, [n for pair in reversed(rest) for n in pair])
+        # What only one end has becomes part of the input.
+        common, rest = conv.even_padding
+        if any(rest):
+            input = F.pad(input, rest)
         found = torch.ops.aten.convolution_backward(
             grads[0], input, weight, [conv.out_channels] if ctx.biased else None,
             conv.stride, common, conv.dilation, conv.transposed,
@@ -176,9 +171,8 @@ class _Differentiable(torch.autograd.Function):
             list(ctx.needs_input_grad[1:]),
         )  # fmt: skip
         grad_input, *others = found
-        if uneven and grad_input is not None:
-            for axis, ((before, _), size) in enumerate(zip(rest, conv.input_size, strict=True), 2):
-                grad_input = grad_input.narrow(axis, before, size)
+        if any(rest) and grad_input is not None:
+            grad_input = F.pad(grad_input, [-n for n in rest])
         return None, grad_input, *others
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -50,7 +51,9 @@ def _channels_last_output(
     if dims == 3:
         return False
     stride, dilation, extra = conv.stride, conv.dilation, conv.output_padding or (0,) * dims
-    padding = tuple(before for before, _ in conv.padding)
+    padding, rest = conv.even_padding
+    if any(rest):
+        input = F.pad(input, rest)
     if dims == 1:
         # As PyTorch does: images of one row, the input contiguous, the weight as it is.
         if not input.is_contiguous():

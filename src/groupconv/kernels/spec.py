@@ -166,6 +166,20 @@ class ConvSpec:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
+    def even_padding(self) -> tuple[tuple[int, ...], list[int]]:
+        """The padding that both ends of every axis share, and the rest as ``F.pad`` takes it.
+
+        PyTorch's convolutions know one padding for both ends.
+        """
+        common = tuple(min(pair) for pair in self.padding)
+        rest = [
+            end - pad
+            for pair, pad in reversed(list(zip(self.padding, common, strict=True)))
+            for end in pair
+        ]
+        return common, rest
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one forward pass; the bias is not counted.
 
