@@ -1,8 +1,9 @@
 """The code cache: a private folder of generated code, one checked file for each entry.
 
 What is read from here is executed, so the folder must belong to the user and to nobody else, and
-a file counts only if its digest is right; anything else is rebuilt. A right digest is believed: only
-the user can write here. Files appear by renaming, so several processes may read and write at once.
+a file counts only if its digest is right; anything else is rebuilt. A right digest is believed:
+only the user can write here. Files appear by renaming, so several processes may read and write at
+once.
 """
 
 import functools
