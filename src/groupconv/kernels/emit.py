@@ -102,27 +102,12 @@ class Emitter:
 
     @contextlib.contextmanager
     def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
-        """Run the body for each index; no loop is left where there is at most one."""
-        if isinstance(start, int) and isinstance(stop, int) and start < stop <= start + step:
+        """Run the body for each index; no loop is left where there is one."""
+        if _is_once(start, stop, step):
             yield start
             return
-        head, body, done = (self._label(hint) for hint in ("head", "body", "done"))
-        index, following = f"%{head}.index", f"%{head}.next"
-        before = self._block
-        self.do(f"br label %{head}")
-        self._enter(head)
-        phi = len(self._lines)
-        self.do("")
-        self.do(f"%{head}.more = icmp slt i64 {index}, {stop}")
-        self.do(f"br i1 %{head}.more, label %{body}, label %{done}")
-        self._enter(body)
-        yield index
-        self.do(f"{following} = add i64 {index}, {step}")
-        self._lines[phi] = (
-            f"  {index} = phi i64 [ {start}, %{before} ], [ {following}, %{self._block} ]"
-        )
-        self.do(f"br label %{head}")
-        self._enter(done)
+        with self._repeat(start, stop, step, ()) as (index, _, _):
+            yield index
 
     def fold(
         self,
@@ -133,20 +118,32 @@ class Emitter:
         body: Callable[[Value, list[str]], list[str]],
     ) -> list[str]:
         """``vectors = body(index, vectors)`` for each index, the vectors kept in registers."""
-        if isinstance(start, int) and isinstance(stop, int) and start < stop <= start + step:
+        if _is_once(start, stop, step):
             return body(start, list(vectors))
-        head, inside, done = (self._label(hint) for hint in ("head", "body", "done"))
+        with self._repeat(start, stop, step, vectors) as (index, carried, results):
+            results += body(index, list(carried))
+        return carried
+
+    @contextlib.contextmanager
+    def _repeat(
+        self, start: Value, stop: Value, step: int, vectors: Sequence[str]
+    ) -> Iterator[tuple[str, list[str], list[str]]]:
+        """A loop. Its body is given the index, the vectors as they are, and a list for what they
+        become."""
+        head, body, done = (self._label(hint) for hint in ("head", "body", "done"))
         index, following = f"%{head}.index", f"%{head}.next"
         before = self._block
         self.do(f"br label %{head}")
         self._enter(head)
+        # What the values come from is known when the body is written.
         phi = len(self._lines)
         self.do("")
         carried = [f"%{head}.{i}" for i in range(len(vectors))]
+        results: list[str] = []
         self.do(f"%{head}.more = icmp slt i64 {index}, {stop}")
-        self.do(f"br i1 %{head}.more, label %{inside}, label %{done}")
-        self._enter(inside)
-        results = body(index, list(carried))
+        self.do(f"br i1 %{head}.more, label %{body}, label %{done}")
+        self._enter(body)
+        yield index, carried, results
         self.do(f"{following} = add i64 {index}, {step}")
         self._lines[phi] = "\n".join(
             f"  {name} = phi {type} [ {first}, %{before} ], [ {next}, %{self._block} ]"
@@ -157,7 +154,6 @@ class Emitter:
         )
         self.do(f"br label %{head}")
         self._enter(done)
-        return carried
 
     @contextlib.contextmanager
     def when(self, condition: str) -> Iterator[None]:
@@ -362,6 +358,11 @@ class Emitter:
     def _shuffle(self, type: str, a: str, b: str, lanes: Sequence[int | None]) -> str:
         mask = ", ".join("i32 poison" if lane is None else f"i32 {lane}" for lane in lanes)
         return self.let(f"shufflevector {type} {a}, {type} {b}, <{len(lanes)} x i32> <{mask}>")
+
+
+def _is_once(start: Value, stop: Value, step: int) -> bool:
+    """Whether a loop is known to run once."""
+    return isinstance(start, int) and isinstance(stop, int) and start < stop <= start + step
 
 
 def _pieces(count: int) -> list[tuple[int, int]]:
