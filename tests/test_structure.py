@@ -35,12 +35,14 @@ ORDER = {
     "targets": ["base", "eager", "table"],
     "report": ["pictures", "table", "page"],
     "optimize": [
-        "spaces", "trace", "cost", "moments", "partition", "fit", "structure", "latency", "select",
-        "budget", "fold", "convert", "evaluate", "refit", "recover", "plan", "choose", "summary",
-        "pipeline",
+        "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
+        "covariance", "moments", "partition", "orders", "schur", "exchange", "refine", "search",
+        "fit", "structure", "latency", "select", "budget", "bake", "fold", "convert", "evaluate",
+        "refit", "recover", "plan", "choose", "summary", "pipeline",
     ],
     "cli": [
-        "console", "models", "profile", "optimize", "demo", "explain", "cache", "doctor", "app",
+        "console", "models", "profile", "trace", "optimize", "demo", "explain", "cache", "doctor",
+        "app",
     ],
 }  # fmt: skip
 

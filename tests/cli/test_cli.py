@@ -61,6 +61,22 @@ def test_profile_as_table_and_as_json(work: Path) -> None:
     assert json.loads(done.stdout)["macs"] == 8 * 27 * 100 + 8 * 72 * 64
 
 
+def test_trace_as_table_and_as_json(work: Path) -> None:
+    done = run("trace", "net.py:build", "--shape", "1,3,12,12", "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["skipped"] == {}
+    first, second = found["convolutions"][:2]
+    assert first["output_spaces"] == second["input_spaces"]
+    assert {s["fixed"] for s in found["spaces"]} == {
+        None, "input of the network", "output of the network"
+    }  # fmt: skip
+    done = run("trace", "net.py:build", "--shape", "1,3,12,12", cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "stay: output of the network" in done.stderr
+
+
 def test_named_models_and_weights(work: Path) -> None:
     from torchvision.models import resnet18
 

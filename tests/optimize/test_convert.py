@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from groupconv.errors import ArgumentError, DataError
 from groupconv.kernels.spec import legal_groups
 from groupconv.nn import ChannelPermutation
-from groupconv.optimize.convert import Converted, convert, space_orders
+from groupconv.optimize.convert import Converted, convert
 from groupconv.optimize.fit import fit
 from groupconv.optimize.moments import capture, layer_moments
-from groupconv.optimize.partition import Partition, cluster, energy
+from groupconv.optimize.partition import Partition
 from groupconv.optimize.refit import refit
+from groupconv.optimize.schur import Regression
+from groupconv.optimize.search import Search
 from groupconv.optimize.trace import Trace, trace
 
 
@@ -180,8 +182,8 @@ def test_both_ends_of_a_residual_sum_share_one_order(out_order: tuple[int, ...])
     for name, partition in plan.items():
         plant(model.get_submodule(name), partition)
     converted = convert(model, trace(model, (images(),)), plan)
-    # The concatenation fixes the sum's order, so that MIXED is never free.
-    assert permutations_in(converted) == 1 + (out_order == MIXED)
+    # The first layer gives the sum its order, through the concatenation too.
+    assert permutations_in(converted) == (out_order == FORWARD)
     expected = outputs(model, images())
     assert_close(outputs(converted.model, images()), expected, rtol=1e-5, atol=1e-5)
 
@@ -197,7 +199,7 @@ def test_planted_layer_alone() -> None:
     mapped = trace(model, (x,))
     layers = [(mapped.convs[0], "0")]
     (moments,) = layer_moments(model, model, layers, [x], max_positions=10**6, images=4, seed=0)
-    found = cluster(energy(model[0].weight, moments), 4)
+    found = Search(Regression.of(moments, model[0].weight), seed=0).find(4).partition
     assert fit(moments, model[0].weight, found).loss == pytest.approx(0, abs=1e-9)
     converted = convert(model, mapped, {"0": found})
     assert permutations_in(converted) == 2
@@ -217,7 +219,6 @@ def test_means_survive_the_refit(seed: int) -> None:
     converted = convert(model, mapped, partitions)
     losses = refit(model, converted, lambda: [x], max_positions=10**6, images=32, seed=0)
     assert max(losses.values()) > 1e-3
-    orders = space_orders(mapped, partitions)
     for placed in converted.placed:
         conv = placed.conv
         read = conv.batch_norm or conv.name
@@ -226,7 +227,9 @@ def test_means_survive_the_refit(seed: int) -> None:
         old, new = (
             capture(net, [read], x)[read][1].mean((0, 2, 3)) for net in (model, converted.model)
         )
-        order = orders.get(conv.output_space, range(len(old)))
+        name, order = placed.conv.name, placed.channels_out
+        if (restored := converted.edits[name].order_out) is not None:
+            order = [order[i] for i in restored]
         assert_close(new, old[list(order)], rtol=1e-4, atol=1e-4)
 
 
@@ -257,3 +260,53 @@ def test_partitions_that_do_not_fit() -> None:
         DataError, match="8 input and 8 output channels listed; the layer has 8 and"
     ):
         convert(model, mapped, {"expand": Partition.identity(2, 8, 8)})
+
+
+def test_what_a_user_set_on_a_layer_stays() -> None:
+    model = chain().to(memory_format=torch.channels_last)
+    seen: list[torch.Size] = []
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model[1].weight.requires_grad_(False)
+    model[0].eval()
+    x = torch.randn(2, 8, 5, 5)
+    converted = convert(model, trace(model, (x,)), {"1": Partition(2, MIXED, MIXED)})
+    seen.clear()
+    layer = converted.model[1]
+    assert type(layer) is nn.Conv2d
+    assert (layer.groups, layer.weight.shape) == (2, (8, 4, 3, 3))
+    assert not layer.weight.requires_grad
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert [m.training for m in converted.model] == [m.training for m in model]
+    assert converted.model.state_dict().keys() == model.state_dict().keys()
+    outputs(converted.model, x)
+    assert seen == [(2, 8, 5, 5)]
+
+
+def test_hooks_see_the_channels_as_before() -> None:
+    model, seen = chain(), list[Tensor]()
+    partition = Partition(2, MIXED, MIXED)
+    plant(model[0], partition)
+    plant(model[1], partition)
+    model[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(2, 8, 5, 5)
+    plan = {"0": Partition(2, FORWARD, FORWARD), "1": partition}
+    plant(model[0], plan["0"])
+    converted = convert(model, trace(model, (x,)), plan)
+    assert converted.permutations == ("1.order_in",)
+    seen.clear()
+    outputs(model, x)
+    outputs(converted.model, x)
+    order = list(converted.placed[1].channels_out)
+    assert_close(seen[1], seen[0][:, order], rtol=1e-5, atol=1e-5)
+
+
+def test_groups_in_another_order_cost_nothing() -> None:
+    """The second layer names its groups the other way round: its outputs follow."""
+    model = chain()
+    plan = {"0": Partition(2, FORWARD, MIXED), "1": Partition(2, MIXED[4:] + MIXED[:4], FORWARD)}
+    for name, partition in plan.items():
+        plant(model.get_submodule(name), partition)
+    x = torch.randn(2, 8, 5, 5)
+    converted = convert(model, trace(model, (x,)), plan)
+    assert converted.permutations == ()
+    assert_close(outputs(converted.model, x), outputs(model, x), rtol=1e-5, atol=1e-5)

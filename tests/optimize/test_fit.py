@@ -9,10 +9,9 @@ from compare import assert_close
 from torch import Tensor
 
 from groupconv.errors import DataError
-from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize import fit as fit_module
-from groupconv.optimize.fit import Fit, fit
-from groupconv.optimize.moments import Moments, MomentSums
+from groupconv.optimize.covariance import LayerSums, Moments, MomentSums
+from groupconv.optimize.fit import RIDGES, Fit, fit, fit_groups
 from groupconv.optimize.partition import Partition
 
 IN, OUT, KERNEL, GROUPS = 4, 6, (2, 1), 2
@@ -23,8 +22,7 @@ DENSE = Partition.identity(1, IN, OUT)
 
 
 def moments_of(u: Tensor, y: Tensor) -> Moments:
-    spec = ConvSpec(1, IN, y.shape[1], (9, 9), KERNEL, (1, 1), ((0, 0),) * 2, (1, 1), 1)
-    sums = MomentSums(spec)
+    sums = MomentSums(u.shape[1], y.shape[1])
     sums.add(u, y)
     return sums.finish()
 
@@ -61,7 +59,7 @@ def predicted(result: Fit, u: Tensor, partition: Partition) -> Tensor:
 
 @pytest.fixture
 def no_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "RIDGE", 1e-13)
+    monkeypatch.setattr(fit_module, "RIDGE", 1e-13)  # there is no held-out part
 
 
 @pytest.mark.usefixtures("no_ridge")
@@ -126,13 +124,13 @@ def test_dtype_of_the_weight() -> None:
     assert not result.weight.requires_grad
 
 
-@pytest.mark.parametrize("name", ["uu", "yu"])
+@pytest.mark.parametrize(("name", "row"), [("uu", 3), ("yu", 1)])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_moments_that_are_not_finite(name: str, value: float) -> None:
+def test_moments_that_are_not_finite(name: str, row: int, value: float) -> None:
     u, y, weight = data()
     moments = moments_of(u, y)
     broken = getattr(moments, name).clone()
-    broken[1, 2] = value
+    broken[row, 2] = value
     with pytest.raises(DataError, match="activations hold NaN or Inf"):
         fit(
             dataclasses.replace(moments, **{name: broken}),
@@ -171,3 +169,59 @@ def test_inputs_that_never_change() -> None:
         PARTITION,
     )
     assert constant.loss == 0
+
+
+def with_held_out(u: Tensor, y: Tensor) -> Moments:
+    sums = LayerSums(u.shape[1], y.shape[1])
+    sums.add(u, y, torch.arange(len(u)) // 5)  # five positions an image
+    return sums.finish()
+
+
+@pytest.mark.parametrize(("positions", "noise"), [(60, 3.0), (2_000, 0.5)])
+def test_ridge_is_the_best_on_held_out_images(positions: int, noise: float) -> None:
+    """Against fits without the held-out images, whose loss there is taken position by position."""
+    u, y, weight = data(positions, noise)
+    dense = weight.reshape(OUT, IN, *KERNEL)
+    result = fit(with_held_out(u, y), dense, PARTITION)
+    held = torch.arange(positions) // 5 % 4 == 3
+    losses = {}
+    for ridge in RIDGES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit_module, "RIDGE", ridge)
+            kept = fit(moments_of(u[~held], y[~held]), dense, PARTITION)
+            assert kept.ridge == ridge
+            assert kept.held_out is None
+            whole = fit(moments_of(u, y), dense, PARTITION)
+        residual = y[held] - predicted(kept, u[held], PARTITION)
+        centred = y[held] - y[held].mean(0)
+        losses[ridge] = float(residual.square().sum() / centred.square().sum())
+        if ridge == result.ridge:
+            assert_close(result.weight, whole.weight, rtol=1e-9, atol=1e-9)
+            assert_close(result.bias, whole.bias, rtol=1e-9, atol=1e-9)
+    assert result.ridge == min(losses, key=lambda ridge: losses[ridge])
+    assert result.held_out == pytest.approx(losses[result.ridge], rel=1e-6)
+
+
+def test_few_noisy_images_want_a_stronger_ridge() -> None:
+    u, y, weight = data(20, noise=20.0)
+    dense = weight.reshape(OUT, IN, *KERNEL)
+    few = fit(with_held_out(u, y), dense, DENSE)
+    u, y, _ = data(20_000, noise=20.0)
+    wrong = dense + 1
+    many = fit(with_held_out(u, y), wrong, DENSE)
+    assert few.ridge > many.ridge
+
+
+def test_groups_alone_are_as_good_as_the_whole() -> None:
+    u, y, weight = data()
+    moments = with_held_out(u, y)
+    whole = fit(moments, weight.reshape(OUT, IN, *KERNEL), PARTITION)
+    parts, cut = [], []
+    for q in range(GROUPS):
+        inputs, outputs = columns(PARTITION, q), rows(PARTITION, q)
+        parts.append(moments.part(torch.tensor(inputs), torch.tensor(outputs)))
+        cut.append(weight[outputs][:, inputs])
+    alone = fit_groups(parts, torch.cat(cut).reshape(OUT, IN // GROUPS, *KERNEL))
+    assert_close(alone.weight, whole.weight, rtol=1e-12, atol=1e-12)
+    assert_close(alone.bias, whole.bias, rtol=1e-12, atol=1e-12)
+    assert (alone.loss, alone.ridge, alone.held_out) == (whole.loss, whole.ridge, whole.held_out)

@@ -1,16 +1,17 @@
-"""Sampled im2col vectors against F.unfold, and their moments against numpy."""
+"""Sampled im2col vectors against F.unfold, and the moments of layers against numpy."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
 from torch import Tensor, nn
 
+from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import ConvSpec
-from groupconv.optimize.moments import MomentSums, capture, layer_moments, sample
+from groupconv.optimize.covariance import Moments, SeparableMoments
+from groupconv.optimize.moments import EXACT, capture, group_moments, layer_moments, sample
 from groupconv.optimize.trace import trace
 
 
@@ -21,7 +22,8 @@ def spec_of(layer: nn.Module, x: Tensor) -> ConvSpec:
 def sampled(layer: nn.Module, x: Tensor, positions: int = 10**9) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         y = layer(x)
-    return sample(spec_of(layer, x), x, y, positions, torch.Generator().manual_seed(0))
+    u, y, _ = sample(spec_of(layer, x), x, y, positions, torch.Generator().manual_seed(0))
+    return u, y
 
 
 @pytest.mark.parametrize(
@@ -80,25 +82,22 @@ def test_a_part_of_the_positions() -> None:
     assert_close(again, u, rtol=0, atol=0)
 
 
-def test_moments_are_the_covariance() -> None:
-    rng = np.random.default_rng(0)
-    u, y = 5 + rng.normal(size=(200, 12)), rng.normal(size=(200, 4)) - 3
-    spec = ConvSpec(1, 3, 4, (5, 5), (2, 2), (1, 1), ((0, 0),) * 2, (1, 1), 1)
-    sums = MomentSums(spec)
-    for part in np.split(np.arange(200), [3, 100]):
-        sums.add(torch.from_numpy(u[part]), torch.from_numpy(y[part]))
-    moments = sums.finish()
-    both = np.cov(np.hstack([u, y]).T, bias=True)
-    assert moments.count == 200
-    for actual, expected in (
-        (moments.mean_u, u.mean(0)),
-        (moments.mean_y, y.mean(0)),
-        (moments.uu, both[:12, :12]),
-        (moments.yu, both[12:, :12]),
-        (moments.yy, both.diagonal()[12:].copy()),
-    ):
-        assert actual.dtype == torch.float64
-        assert_close(actual, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+def test_positions_know_their_image() -> None:
+    x = torch.arange(4.0)[:, None, None, None].expand(4, 1, 5, 5).contiguous()
+    spec = spec_of(nn.Conv2d(1, 1, 1), x)
+    u, y, image = sample(spec, x, x, 30, torch.Generator().manual_seed(0))
+    assert_close(u[:, 0], image.float(), rtol=0, atol=0)
+    assert_close(y[:, 0], image.float(), rtol=0, atol=0)
+
+
+def test_transposed_layers_are_refused() -> None:
+    spec = ConvSpec(
+        1, 2, 4, (5, 5), (2, 2), (2, 2), ((0, 0),) * 2, (1, 1), 1, transposed=True,
+        output_padding=(0, 0),
+    )  # fmt: skip
+    x, y = torch.ones(1, 2, 5, 5), torch.ones(1, 4, 10, 10)
+    with pytest.raises(ArgumentError, match="transposed=True"):
+        sample(spec, x, y, 10, torch.Generator())
 
 
 def test_batches_add_up() -> None:
@@ -116,6 +115,9 @@ def test_batches_add_up() -> None:
     for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
         # The convolution itself rounds otherwise for another batch.
         assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
+    assert (whole.held_out.count, parts.held_out.count) == (25, 25)  # image 3 of 0 .. 5
+    assert_close(parts.held_out.uu, whole.held_out.uu, rtol=1e-5, atol=1e-6)
+    assert parts.error == pytest.approx(whole.error, rel=1e-4)
     (few,) = layer_moments(
         model, model, layers, x.split([1, 3, 2]), max_positions=60, images=6, seed=0
     )
@@ -138,6 +140,61 @@ def test_inputs_of_one_network_and_outputs_of_another() -> None:
     assert_close(moments.mean_u, u.mean(0), rtol=1e-9, atol=1e-12)
     expected = (y - y.mean(0)).T @ (u - u.mean(0)) / len(u)
     assert_close(moments.yu, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_held_out_images_are_every_fourth() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3)), torch.randn(9, 2, 6, 6)
+    conv = trace(model, (x,)).convs[0]
+
+    def moments(images: Tensor, batches: list[int]) -> Moments:
+        (found,) = layer_moments(
+            model, model, [(conv, "0")], images.split(batches),
+            max_positions=10**6, images=len(images), seed=0,
+        )  # fmt: skip
+        assert isinstance(found, Moments)
+        return found
+
+    every = moments(x, [2, 5, 2])
+    held, rest = x[[3, 7]], x[[0, 1, 2, 4, 5, 6, 8]]
+    assert every.held_out is not None
+    for part, images in ((every.held_out, held), (every.kept(), rest)):
+        alone = moments(images, [len(images)])
+        assert part.count == alone.count
+        for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
+            assert_close(getattr(part, name), getattr(alone, name), rtol=1e-5, atol=1e-6)
+    assert moments(x[:3], [3]).held_out is None
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_each_group_sees_its_own(groups: int) -> None:
+    """Of a converted layer: its inputs in runs, the original's outputs in another order."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, groups=2)), torch.randn(5, 8, 6, 6)
+    conv = trace(model, (x,)).convs[0]
+    options = {"max_positions": 100, "images": 5, "seed": 1}
+    (whole,) = layer_moments(model, model, [(conv, "0")], [x], **options)
+    outputs = torch.tensor([3, 1, 0, 2])
+    parts = group_moments(
+        model, model, (conv, "0"), [x], groups=groups, outputs=outputs.tolist(), **options
+    )
+    assert len(parts) == groups
+    pairs = zip(parts, torch.arange(72).chunk(groups), outputs.chunk(groups), strict=True)
+    for part, inputs, rows in pairs:
+        expected = whole.part(inputs, rows)
+        assert part.count == expected.count
+        for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
+            assert_close(getattr(part, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+        assert_close(part.held_out.uu, expected.held_out.uu, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(512, Moments), (513, SeparableMoments)])
+def test_wide_layers_are_separable(channels: int, kind: type) -> None:
+    assert EXACT == 512 * 9
+    model, x = nn.Sequential(nn.Conv2d(channels, 2, 3)), torch.ones(1, channels, 3, 3)
+    conv = trace(model, (x,)).convs[0]
+    (moments,) = layer_moments(model, model, [(conv, "0")], [x], max_positions=8, images=1, seed=0)
+    assert type(moments) is kind
 
 
 def test_capture_before_activations_in_place() -> None:

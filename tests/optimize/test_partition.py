@@ -1,14 +1,14 @@
 """Co-clustering: balanced, obedient, reproducible, and right where the answer is known."""
 
+import itertools
+
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from groupconv.optimize.moments import Moments
-from groupconv.optimize.partition import Partition, cluster, energy
+from groupconv.optimize.partition import Partition, assign, cluster
 
 
 def kept(strength: NDArray[np.float64], partition: Partition) -> float:
@@ -88,16 +88,11 @@ def test_identity() -> None:
     assert Partition.identity(2, 4, 6) == Partition(2, (0, 1, 2, 3), (0, 1, 2, 3, 4, 5))
 
 
-def test_energy_is_the_variance_through_one_channel() -> None:
-    rng = np.random.default_rng(0)
-    weight = torch.from_numpy(rng.normal(size=(3, 2, 2, 2)))
-    # Inputs without correlation: what the channels add to an output's variance adds up.
-    variance = rng.random(8)
-    nothing = torch.zeros(3, dtype=torch.float64)
-    uu = torch.diag(torch.from_numpy(variance))
-    moments = Moments(1, torch.zeros(8), nothing, uu, torch.zeros(3, 8), nothing)
-    strength = energy(weight, moments)
-    expected = (weight.numpy() ** 2 * variance.reshape(2, 2, 2)).sum((2, 3))
-    np.testing.assert_allclose(strength, expected, rtol=1e-12)
-    flat = weight.flatten(1)
-    np.testing.assert_allclose(strength.sum(1), (flat @ uu @ flat.T).diagonal(), rtol=1e-12)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_assignment_is_the_best_of_all(groups: int) -> None:
+    gain = np.random.default_rng(groups).normal(size=(6, groups))
+    every = set(itertools.permutations(np.repeat(np.arange(groups), 6 // groups).tolist()))
+    best = max(gain[np.arange(6), list(labels)].sum() for labels in every)
+    labels = assign(gain, groups)
+    assert np.bincount(labels).tolist() == [6 // groups] * groups
+    assert gain[np.arange(6), labels].sum() == pytest.approx(best)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from groupconv.cli import cache, demo, doctor, explain, optimize, profile
+from groupconv.cli import cache, demo, doctor, explain, optimize, profile, trace
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, GroupConvError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(profile.profile)
+app.command()(trace.trace)
 app.command()(optimize.optimize)
 app.command()(explain.explain)
 app.command()(cache.cache)

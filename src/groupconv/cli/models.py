@@ -1,6 +1,7 @@
 """Models as they are named on the command line."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,11 +67,14 @@ def load_function(name: str) -> Callable[[], Any]:
 
 
 def _torchvision(name: str) -> nn.Module:
-    from torchvision.models import get_model, list_models
+    from torchvision.models import get_model_builder, list_models
 
     if name not in list_models():
         raise ArgumentError(f"model='torchvision:{name}': torchvision has no such model")
-    return get_model(name, weights=None)
+    builder = get_model_builder(name)
+    # A segmentation network would fetch the weights of its backbone.
+    known = inspect.signature(builder).parameters
+    return builder(**{key: None for key in ("weights", "weights_backbone") if key in known})
 
 
 def _timm(name: str) -> nn.Module:

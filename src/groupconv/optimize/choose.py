@@ -25,7 +25,6 @@ from groupconv.timing import Timing
 log = logging.getLogger(__name__)
 
 _SOLVES = 6
-_ORIGIN = {"identity": "in given order", "energy": "clustered by energy"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def choose(
         budget: bound on the whole network.
         latency: times the original and another network, the latter under a name for its plan, in
             one interleaved run.
-        target, seed: for the plan, and for the partitions.
+        target, seed: for the plan.
         macs: of the original network, for one image.
 
     Raises:
@@ -105,7 +104,7 @@ def choose(
             ) from error
         chosen = {n: menus[n].candidates[allowed[n][i]] for n, i in picked.items()}
         taken = {n: (times[n][0], times[n][allowed[n][i]]) for n, i in picked.items()}
-        partitions = settle(mapped, menus, chosen, seed)
+        partitions = settle(mapped, menus, chosen)
         reasons = {n: _why(chosen[n], taken[n], refused.get(n)) for n in chosen}
         plan = Plan(partitions, reasons, budget.text, target, seed)
         choice = Choice(chosen, taken, convert(model, mapped, partitions), plan)
@@ -170,7 +169,8 @@ def _why(choice: Candidate, taken: tuple[float, float], refused: str | None) -> 
         said = (
             f"groups={choice.spec.groups}{' permuted' * choice.permuted}: "
             f"{after:.3f} ms instead of {before:.3f} ms, predicted loss {choice.loss:.4f} "
-            f"of the layer's variance, channels {_ORIGIN[choice.start]}"
+            f"of the layer's variance, channels "
+            + ("in given order" if choice.start == "identity" else f"found from {choice.start}")
         )
     if after > before:
         said += "; slower than dense, but the budget needs it"

@@ -2,13 +2,13 @@
 
 Each space of channels (see :mod:`groupconv.optimize.spaces`) takes the order of the first planned
 layer that touches it; every weight and batch norm on the space is reordered once, at no cost when
-the network runs. Only a layer whose order the space doesn't have gets a
+the network runs. Only a layer whose channels can't be brought where it wants them gets a
 :class:`~groupconv.nn.ChannelPermutation` of its own.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ from groupconv.errors import DataError
 from groupconv.kernels.spec import check_groups
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.fold import reorder
+from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.trace import Trace, TracedConv
-
-_CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,16 @@ class Converted:
     edits: dict[str, Edit]
     placed: tuple[Placed, ...]
 
+    @property
+    def permutations(self) -> tuple[str, ...]:
+        """Names of the modules that permute channels because nothing else could."""
+        return tuple(
+            f"{name}.{side}"
+            for name, edit in self.edits.items()
+            for side in ("order_in", "order_out")
+            if getattr(edit, side) is not None
+        )
+
 
 @torch.no_grad()
 def convert(model: nn.Module, trace: Trace, partitions: Mapping[str, Partition]) -> Converted:
@@ -106,23 +115,22 @@ def convert(model: nn.Module, trace: Trace, partitions: Mapping[str, Partition])
                 f"plan: {name}: {listed[0]} input and {listed[1]} output channels listed; the "
                 f"layer has {spec.in_channels} and {spec.out_channels}"
             )
-    orders = space_orders(trace, partitions)
+    orders = Orders(trace.spaces)
+    settled = {name: orders.place(convs[name], p) for name, p in partitions.items()}
     net = copy.deepcopy(model)
-    for index, order in orders.items():
-        reorder(net, trace.spaces[index], order)
+    reorder(net, trace.members, orders.orders)
     edits, placed = {}, []
     for conv in trace.convs:
         if conv.name not in partitions:
             continue
-        partition = partitions[conv.name]
-        before = orders.get(conv.input_space, tuple(range(conv.spec.in_channels)))
-        after = orders.get(conv.output_space, tuple(range(conv.spec.out_channels)))
+        partition, absorbed_in, absorbed_out = settled[conv.name]
+        before, after = orders.channels(conv.inputs), orders.channels(conv.outputs)
         order_in = order_out = None
         channels_in, channels_out = before, after
-        if not _same_groups(before, partition.in_order, partition.groups):
+        if not absorbed_in:
             channels_in = partition.in_order
             order_in = _positions(before, channels_in)
-        if not _same_groups(after, partition.out_order, partition.groups):
+        if not absorbed_out:
             channels_out = partition.out_order
             order_out = _positions(channels_out, after)
         dense = model.get_submodule(conv.name)
@@ -139,23 +147,8 @@ def convert(model: nn.Module, trace: Trace, partitions: Mapping[str, Partition])
     return Converted(net, edits, tuple(placed))
 
 
-def space_orders(trace: Trace, partitions: Mapping[str, Partition]) -> dict[int, tuple[int, ...]]:
-    """The order of every space that a planned layer claims, by index of the space."""
-    convs = {conv.name: conv for conv in trace.convs}
-    orders: dict[int, tuple[int, ...]] = {}
-    for name, partition in partitions.items():
-        sides = (
-            (convs[name].input_space, partition.in_order),
-            (convs[name].output_space, partition.out_order),
-        )
-        for space, order in sides:
-            if trace.spaces[space].fixed is None:
-                orders.setdefault(space, order)
-    return orders
-
-
 def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
-    """Replace the edited layers in place; the new convolutions have fresh weights.
+    """Cut the edited layers in place; the convolutions have no weights yet.
 
     Raises:
         DataError: a layer is missing or is not a convolution that can be cut so.
@@ -170,30 +163,39 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
                 f"layer {name!r} is a {type(old).__name__}; the plan expects a convolution"
             )
         check_groups(name, old.in_channels, old.out_channels, edit.groups)
-        conv = _CONVS[old.weight.ndim](
-            old.in_channels,
-            old.out_channels,
-            old.kernel_size,  # type: ignore[arg-type]
-            stride=old.stride,  # type: ignore[arg-type]
-            padding=old.padding,  # type: ignore[arg-type]
-            dilation=old.dilation,  # type: ignore[arg-type]
-            groups=edit.groups,
-            bias=edit.bias,
-            padding_mode=old.padding_mode,
-            device=old.weight.device,
-            dtype=old.weight.dtype,
-        )
-        conv.train(old.training)
-        new: nn.Module = conv
+        _regroup(old, edit)
         if edit.order_in is not None or edit.order_out is not None:
-            steps: OrderedDict[str, nn.Module] = OrderedDict()
-            if edit.order_in is not None:
-                steps["order_in"] = ChannelPermutation(edit.order_in)
-            steps["conv"] = conv
-            if edit.order_out is not None:
-                steps["order_out"] = ChannelPermutation(edit.order_out)
-            new = nn.Sequential(steps).to(old.weight.device).train(old.training)
-        model.set_submodule(name, new)
+            model.set_submodule(name, _between(old, edit))
+
+
+def _regroup(conv: nn.modules.conv._ConvNd, edit: Edit) -> None:
+    """Give a convolution its groups, in place: all else that a user set stays as it is."""
+    weight, layout = conv.weight, torch.contiguous_format
+    if weight.ndim == 4 and not weight.is_contiguous():
+        layout = torch.channels_last
+    size = (conv.out_channels, conv.in_channels // edit.groups, *conv.kernel_size)
+    fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+    conv.groups = edit.groups
+    conv.weight = nn.Parameter(fresh.contiguous(memory_format=layout), weight.requires_grad)
+    if edit.bias and conv.bias is None:
+        bias = torch.zeros(conv.out_channels, dtype=weight.dtype, device=weight.device)
+        conv.bias = nn.Parameter(bias, weight.requires_grad)
+
+
+def _between(conv: nn.Module, edit: Edit) -> nn.Sequential:
+    """The convolution between its permutations; hooks see the channels as they did before."""
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    if edit.order_in is not None:
+        steps["order_in"] = ChannelPermutation(edit.order_in)
+    steps["conv"] = conv
+    if edit.order_out is not None:
+        steps["order_out"] = ChannelPermutation(edit.order_out)
+    device = next(conv.parameters()).device
+    new = nn.Sequential(steps).to(device).train(conv.training)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        setattr(new, hooks, getattr(conv, hooks))
+        setattr(conv, hooks, OrderedDict())
+    return new
 
 
 def _cut(dense: nn.modules.conv._ConvNd, conv: nn.Module, where: Placed, groups: int) -> None:
@@ -208,13 +210,7 @@ def _cut(dense: nn.modules.conv._ConvNd, conv: nn.Module, where: Placed, groups:
         conv.bias.copy_(dense.bias[rows]) if dense.bias is not None else conv.bias.zero_()
 
 
-def _same_groups(a: Sequence[int], b: Sequence[int], groups: int) -> bool:
-    """Whether two orders put the same channels into every group, in any order inside."""
-    width = len(a) // groups
-    return all(set(a[i : i + width]) == set(b[i : i + width]) for i in range(0, len(a), width))
-
-
-def _positions(have: Sequence[int], want: Sequence[int]) -> tuple[int, ...]:
+def _positions(have: tuple[int, ...], want: tuple[int, ...]) -> tuple[int, ...]:
     """Where each wanted channel stands in ``have``."""
     place = {channel: i for i, channel in enumerate(have)}
     return tuple(place[channel] for channel in want)

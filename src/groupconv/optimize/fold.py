@@ -1,20 +1,27 @@
 """Channel permutations and shuffles folded into the weights around them."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from groupconv.nn import ChannelPermutation
-from groupconv.optimize.spaces import Space
-from groupconv.optimize.trace import TracedPermutation, trace
+from groupconv.optimize.capture import Region, capture
+from groupconv.optimize.orders import exact_orders
+from groupconv.optimize.rules import apply, same
+from groupconv.optimize.spaces import Member
+from groupconv.optimize.trace import follow, members_of
+from groupconv.optimize.values import Channels
+from groupconv.optimize.walk import Walk, shape
+
+_MOVERS = (ChannelPermutation, nn.ChannelShuffle)
 
 
 def fold_permutations(
     model: nn.Module, inputs: tuple[Tensor, ...]
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Remove every shuffle or permutation that neighbouring weights can take over.
+    """Remove every shuffle or permutation module that neighbouring weights can take over.
 
     Where all that reads its output (or all that writes its input) can be reordered, dense and
     pointwise layers above all, the reordering is done once, on the weights.
@@ -27,13 +34,19 @@ def fold_permutations(
         A copy that computes the same, and the names of the modules that are now identities; the
         model itself if there is nothing to fold.
     """
+    movers = [n for n, m in model.named_modules() if isinstance(m, _MOVERS)]
+    if not movers:
+        return model, ()
+    regions, _ = capture(model, inputs)
     net, folded = model, list[str]()
-    while (moved := _foldable(net, inputs)) is not None:
-        permutation, space, order = moved
+    for name in movers:
+        found = _absorbing(model, regions, name, folded)
+        if found is None:
+            continue
         net = copy.deepcopy(model) if net is model else net
-        reorder(net, space, order)
-        remove(net, [permutation.name])
-        folded.append(permutation.name)
+        reorder(net, *found)
+        remove(net, [name])
+        folded.append(name)
     return net, tuple(folded)
 
 
@@ -44,27 +57,62 @@ def remove(model: nn.Module, names: Iterable[str]) -> None:
 
 
 @torch.no_grad()
-def reorder(model: nn.Module, space: Space, order: Sequence[int]) -> None:
-    """Put every parameter on a space into a new order of channels, in place."""
-    for member in space.members:
+def reorder(
+    model: nn.Module, members: Iterable[Member], orders: Mapping[int, Sequence[int]]
+) -> None:
+    """Put every parameter into the new orders of the spaces that run along it, in place."""
+    for member in members:
         tensor: Tensor = getattr(model.get_submodule(member.module), member.parameter)
-        tensor.copy_(tensor.index_select(member.axis, torch.tensor(order, device=tensor.device)))
+        channels = torch.tensor(member.runs.channels(orders), device=tensor.device)
+        width = tensor.shape[member.axis]
+        blocks = tensor.chunk(member.groups)
+        moved = [
+            block.index_select(member.axis, index % width)
+            for block, index in zip(blocks, channels.split(width), strict=True)
+        ]
+        tensor.copy_(torch.cat(moved))
 
 
-def _foldable(
-    model: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[TracedPermutation, Space, tuple[int, ...]] | None:
-    """The first permutation that can go, and the space to reorder in its place.
+def _order(module: nn.Module, channels: int) -> list[int]:
+    """Which channel a module of :data:`_MOVERS` puts in each place."""
+    if isinstance(module, ChannelPermutation):
+        return module.order.tolist()
+    assert isinstance(module, nn.ChannelShuffle)
+    return torch.arange(channels).view(module.groups, -1).T.flatten().tolist()
 
-    Folding joins two spaces, so the next one is looked for in a new trace.
-    """
-    if not any(isinstance(m, nn.ChannelShuffle | ChannelPermutation) for m in model.modules()):
+
+def _absorbing(
+    model: nn.Module, regions: Sequence[Region], name: str, folded: Sequence[str]
+) -> tuple[tuple[Member, ...], dict[int, tuple[int, ...]]] | None:
+    """The orders of the weights that do what a module does, on either side of it."""
+    walk = Walk(model)
+    ends: list[fx.Node] = []
+
+    def rule(walk: Walk, node: fx.Node) -> None:
+        caller = walk.caller(node)
+        if caller == name:
+            # The two sides are not tied: each may be reordered without the other.
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            ends.extend((source, node))
+            walk.read(source, 1)
+            walk.put(node, Channels(1, walk.ties.open(shape(node)[1])))
+        elif caller in folded:
+            same(walk, node)
+        else:
+            apply(walk, node)
+
+    for region in regions:
+        follow(walk, region, rule)
+    if len(ends) != 2 or any(name.startswith(r.name) and r.calls > 1 for r in regions):
         return None
-    mapped = trace(model, inputs)
-    for moved in mapped.permutations:
-        if moved.free_out:
-            inverse = tuple(torch.tensor(moved.order).argsort().tolist())
-            return moved, mapped.spaces[moved.output_space], inverse
-        if moved.free_in:
-            return moved, mapped.spaces[moved.input_space], moved.order
+    order = _order(model.get_submodule(name), shape(ends[1])[1])
+    sides = [walk.read(end, 1) for end in ends]
+    spaces, (before, after), members = members_of(walk, sides)
+    identity = tuple(range(len(order)))
+    inverse = torch.tensor(order).argsort().tolist()
+    for moved, wanted, other in ((after, inverse, before), (before, order, after)):
+        orders = exact_orders(spaces, moved, wanted)
+        if orders is not None and other.channels(orders) == identity:
+            return members, orders
     return None

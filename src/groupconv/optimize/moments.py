@@ -1,72 +1,24 @@
-"""Second moments of what a layer sees and of what it should give, streamed over images.
-
-For a convolution, u is the im2col vector at one output position, of C_in * k_h * k_w numbers, and
-y the C_out outputs there. Sums are kept in float64.
-"""
+"""Second moments of layers, streamed: never more in memory than the sums and one batch."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import ConvSpec
+from groupconv.optimize.covariance import (
+    LayerSums,
+    Moments,
+    SeparableMoments,
+    SeparableSums,
+)
 from groupconv.optimize.trace import TracedConv
 
-
-@dataclass(frozen=True)
-class Moments:
-    """Centred second moments, in float64.
-
-    Args:
-        count: positions seen.
-        mean_u, mean_y: ``(D,)`` and ``(C_out,)``, with D = C_in * prod(kernel_size).
-        uu: ``(D, D)``, covariance of the inputs.
-        yu: ``(C_out, D)``, covariance of outputs with inputs.
-        yy: ``(C_out,)``, variance of the outputs.
-    """
-
-    count: int
-    mean_u: Tensor
-    mean_y: Tensor
-    uu: Tensor
-    yu: Tensor
-    yy: Tensor
-
-
-class MomentSums:
-    """Running sums from which :class:`Moments` are made."""
-
-    def __init__(self, spec: ConvSpec) -> None:
-        d = spec.in_channels * math.prod(spec.kernel_size)
-        self.count = 0
-        self.u, self.y = (torch.zeros(n, dtype=torch.float64) for n in (d, spec.out_channels))
-        self.uu = torch.zeros(d, d, dtype=torch.float64)
-        self.yu = torch.zeros(spec.out_channels, d, dtype=torch.float64)
-        self.yy = torch.zeros(spec.out_channels, dtype=torch.float64)
-
-    def add(self, u: Tensor, y: Tensor) -> None:
-        """Add positions: ``u`` of shape ``(P, D)`` and ``y`` of shape ``(P, C_out)``."""
-        u, y = u.double().cpu(), y.double().cpu()
-        self.count += len(u)
-        self.u += u.sum(0)
-        self.y += y.sum(0)
-        self.uu.addmm_(u.T, u)
-        self.yu.addmm_(y.T, u)
-        self.yy += y.square().sum(0)
-
-    def finish(self) -> Moments:
-        mean_u, mean_y = self.u / self.count, self.y / self.count
-        return Moments(
-            self.count,
-            mean_u,
-            mean_y,
-            self.uu / self.count - torch.outer(mean_u, mean_u),
-            self.yu / self.count - torch.outer(mean_y, mean_u),
-            self.yy / self.count - mean_y.square(),
-        )
+# Inputs per position, D, up to which their covariance is kept whole: 170 MB in float64.
+EXACT = 4_608
 
 
 class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its job
@@ -104,7 +56,7 @@ def capture(
 
 def sample(
     spec: ConvSpec, x: Tensor, y: Tensor, positions: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """im2col vectors and outputs at random positions of a batch, or at all if there are fewer.
 
     Args:
@@ -115,8 +67,17 @@ def sample(
         generator: picks them.
 
     Returns:
-        u of shape ``(P, C_in * prod(k))`` and y of shape ``(P, C_out)``.
+        u of shape ``(P, C_in * prod(k))``, y of shape ``(P, C_out)`` and the image in the batch
+        that each position is from, of shape ``(P,)``.
+
+    Raises:
+        ArgumentError: the convolution is a transposed one.
     """
+    if spec.transposed:
+        raise ArgumentError(
+            f"moments: transposed=True ({spec.in_channels} -> {spec.out_channels} channels): "
+            "only convolutions that are not transposed can be fitted"
+        )
     x = F.pad(x, [n for pair in reversed(spec.padding) for n in pair])
     out_size = tuple(y.shape[2:])
     dims = len(out_size)
@@ -137,7 +98,7 @@ def sample(
     image, *place = torch.unravel_index(flat, (len(x), *out_size))
     # Channels last, so that one index picks all channels of a position.
     picked = windows.movedim(1, dims + 1)[(image, *place)]
-    return picked.flatten(1), y.movedim(1, -1)[(image, *place)]
+    return picked.flatten(1), y.movedim(1, -1)[(image, *place)], image
 
 
 def layer_moments(
@@ -149,8 +110,11 @@ def layer_moments(
     max_positions: int,
     images: int,
     seed: int,
-) -> list[Moments]:
+) -> list[Moments | SeparableMoments]:
     """Moments of several layers: inputs as ``current`` has them, outputs as ``original`` does.
+
+    Where ``torch.distributed`` is initialised the sums are over all processes, each of which
+    brings its own images.
 
     Args:
         original, current: networks in evaluation mode; they may be the same object.
@@ -159,18 +123,82 @@ def layer_moments(
         max_positions: positions to sample per layer, spread evenly over ``images``.
         images: number of images in ``batches``.
         seed: of the sampling.
+
+    Returns:
+        Moments of each layer; of one with more than ``EXACT`` inputs per position only those of
+        its own inputs, as a Kronecker product.
+
+    Raises:
+        ArgumentError: a layer is a transposed convolution.
     """
-    sums = [MomentSums(conv.spec) for conv, _ in layers]
+    sums: list[LayerSums | SeparableSums] = []
+    for conv, _ in layers:
+        channels, taps = conv.spec.in_channels, math.prod(conv.spec.kernel_size)
+        sums.append(
+            SeparableSums(channels, taps)
+            if channels * taps > EXACT
+            else LayerSums(channels * taps, conv.spec.out_channels)
+        )
+    for i, u, y, image in _sampled(original, current, layers, batches, max_positions, images, seed):
+        total = sums[i]
+        total.add(u) if isinstance(total, SeparableSums) else total.add(u, y, image)
+    return [total.finish() for total in sums]
+
+
+def group_moments(
+    original: nn.Module,
+    current: nn.Module,
+    layer: tuple[TracedConv, str],
+    batches: Iterable[Tensor],
+    *,
+    groups: int,
+    outputs: Sequence[int],
+    max_positions: int,
+    images: int,
+    seed: int,
+) -> list[Moments]:
+    """Moments of each group of one layer: its own inputs and outputs only, exact at any width.
+
+    Args:
+        original, current, layer, batches, max_positions, images, seed: see :func:`layer_moments`.
+        groups: of the layer in ``current``, whose inputs it cuts into equal runs.
+        outputs: the channel of the original's output for each output of the layer.
+
+    Raises:
+        ArgumentError: the layer is a transposed convolution.
+    """
+    spec = layer[0].spec
+    inputs, width = spec.in_channels * math.prod(spec.kernel_size), spec.out_channels // groups
+    sums = [LayerSums(inputs // groups, width) for _ in range(groups)]
+    of_group = torch.tensor(outputs).reshape(groups, width)
+    for _, u, y, image in _sampled(
+        original, current, [layer], batches, max_positions, images, seed
+    ):
+        for total, part, rows in zip(sums, u.chunk(groups, 1), of_group, strict=True):
+            total.add(part, y[:, rows.to(y.device)], image)
+    return [total.finish() for total in sums]
+
+
+def _sampled(
+    original: nn.Module,
+    current: nn.Module,
+    layers: Sequence[tuple[TracedConv, str]],
+    batches: Iterable[Tensor],
+    max_positions: int,
+    images: int,
+    seed: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Index of the layer, inputs, outputs and numbers of the images, for each layer and batch."""
     generator = torch.Generator().manual_seed(seed)
+    before = 0
     for batch in batches:
         positions = math.ceil(max_positions * len(batch) / images)
         targets = capture(original, [conv.name for conv, _ in layers], batch)
         inputs = targets
         if current is not original:
             inputs = capture(current, [name for _, name in layers], batch)
-        for total, (conv, name) in zip(sums, layers, strict=True):
-            key = conv.name if current is original else name
-            total.add(
-                *sample(conv.spec, inputs[key][0], targets[conv.name][1], positions, generator)
-            )
-    return [total.finish() for total in sums]
+        for i, (conv, name) in enumerate(layers):
+            x = inputs[conv.name if current is original else name][0]
+            u, y, image = sample(conv.spec, x, targets[conv.name][1], positions, generator)
+            yield i, u, y, image + before
+        before += len(batch)

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-
-from groupconv.optimize.moments import Moments
 
 # Random starts: fewer for wide layers, whose assignments take longer.
 _STARTS = 16
@@ -33,22 +30,6 @@ class Partition:
         return cls(groups, tuple(range(in_channels)), tuple(range(out_channels)))
 
 
-def energy(weight: Tensor, moments: Moments) -> NDArray[np.float64]:
-    """What each input channel adds to the variance of each output, correlations left out.
-
-    Args:
-        weight: ``(C_out, C_in, *k)``.
-        moments: of the layer.
-
-    Returns:
-        ``(C_out, C_in)``.
-    """
-    out_channels, in_channels = weight.shape[:2]
-    taps = weight.detach().double().cpu().reshape(out_channels, in_channels, -1)
-    variance = moments.uu.diagonal().reshape(in_channels, -1)
-    return (taps.square() * variance).sum(-1).numpy()
-
-
 def cluster(
     energy: NDArray[np.float64],
     groups: int,
@@ -64,7 +45,7 @@ def cluster(
     several random starts is kept.
 
     Args:
-        energy: ``(C_out, C_in)``, not negative.
+        energy: ``(C_out, C_in)``, of every output through every input; not negative.
         groups: divides both.
         given_in: None, or the order of input channels to be kept and cut into equal runs.
         given_out: the same for output channels.
@@ -104,10 +85,10 @@ def _alternate(
     out_labels = np.empty(0, np.int64) if fixed_out is None else fixed_out
     for _ in range(_ROUNDS):
         if fixed_out is None:
-            out_labels = _assign(_sum_by_label(energy.T, in_labels, groups), groups)
+            out_labels = assign(_sum_by_label(energy.T, in_labels, groups), groups)
         if fixed_in is not None:
             break
-        moved = _assign(_sum_by_label(energy, out_labels, groups), groups)
+        moved = assign(_sum_by_label(energy, out_labels, groups), groups)
         if np.array_equal(moved, in_labels):
             break
         in_labels = moved
@@ -127,7 +108,7 @@ def _sum_by_label(
     return np.stack([energy[labels == q].sum(0) for q in range(groups)], 1)
 
 
-def _assign(gain: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
+def assign(gain: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
     """Labels of equal count that maximise the summed gain; ``gain`` is ``(channels, groups)``."""
     # Here, because scipy's own BLAS starts its threads when it is imported.
     from scipy.optimize import linear_sum_assignment

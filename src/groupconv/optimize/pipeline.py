@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
 from groupconv.files import output_folder
+from groupconv.optimize.bake import bake
 from groupconv.optimize.budget import Budget, parse_budget
+from groupconv.optimize.capture import evaluation_mode
 from groupconv.optimize.choose import choose
 from groupconv.optimize.cost import count_macs
+from groupconv.optimize.covariance import Moments
 from groupconv.optimize.evaluate import Quality, compare, run
 from groupconv.optimize.fold import fold_permutations
 from groupconv.optimize.latency import layer_times
@@ -29,7 +32,7 @@ from groupconv.optimize.recover import distil, parse_recover, reestimate_batch_n
 from groupconv.optimize.refit import refit
 from groupconv.optimize.structure import Menu, freedom, menu
 from groupconv.optimize.summary import summarize, write_report
-from groupconv.optimize.trace import Trace, TracedConv, evaluation_mode, trace
+from groupconv.optimize.trace import Trace, TracedConv, trace
 from groupconv.targets import LatencyTable, Target, get_target
 from groupconv.timing import Timing, interleave
 
@@ -146,6 +149,9 @@ class _Job:
     ) -> Result:
         with self._step("trace"):
             run(self.model, self._example(1))
+            self.model, baked = bake(self.model)
+            if baked:
+                log.info("norms of weights made plain: %s", ", ".join(baked))
             self.model, folded = fold_permutations(self.model, (self._example(2),))
             mapped = trace(self.model, (self._example(2),))
             convs = self._eligible(mapped, keep)
@@ -207,7 +213,7 @@ class _Job:
             },
         )
         if self.folder is not None:
-            save_weights(self.folder, net, choice.converted.edits, folded)
+            save_weights(self.folder, net, choice.converted.edits, folded, baked)
             write_report(self.folder, choice.plan, report)
         return Result(net, choice.plan, report)
 
@@ -243,6 +249,13 @@ class _Job:
                 max_positions=_MAX_POSITIONS,
                 images=min(len(self.images), _MOMENT_IMAGES),
                 seed=self.seed,
+            )
+            log.info(
+                "%s: %d positions, relative error of its %s %s",
+                conv.name,
+                moments.count,
+                "variance" if isinstance(moments, Moments) else "separable covariance",
+                "unknown" if moments.error is None else f"{moments.error:.1%}",
             )
             weight = self.model.get_submodule(conv.name).weight
             assert isinstance(weight, Tensor)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
 from groupconv.errors import DataError
 from groupconv.files import replacing
+from groupconv.optimize.bake import make_plain
 from groupconv.optimize.convert import Edit, apply_edits
 from groupconv.optimize.fold import remove
 from groupconv.optimize.partition import Partition
@@ -84,11 +85,24 @@ def _partition(name: str, layer: Mapping[str, Any]) -> Partition:
 
 
 def save_weights(
-    folder: Path, model: nn.Module, edits: Mapping[str, Edit], folded: Sequence[str]
+    folder: Path,
+    model: nn.Module,
+    edits: Mapping[str, Edit],
+    folded: Sequence[str],
+    baked: Sequence[str] = (),
 ) -> None:
-    """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough."""
+    """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough.
+
+    Args:
+        folder: where to.
+        model: the converted network.
+        edits: that made it.
+        folded: names of its permutations that are identities.
+        baked: names of its layers whose norm of the weight was made plain.
+    """
     layers = {name: edit.to_dict() for name, edit in edits.items()}
-    metadata = {"groupconv": json.dumps({"layers": layers, "folded": list(folded)})}
+    changes = {"layers": layers, "folded": list(folded), "baked": list(baked)}
+    metadata = {"groupconv": json.dumps(changes)}
     with replacing(folder / WEIGHTS) as temporary:
         save_model(model, str(temporary), metadata)
 
@@ -122,13 +136,32 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     try:
         changes = json.loads(text)
         folded = [str(name) for name in changes["folded"]]
+        baked = [str(name) for name in changes.get("baked", [])]
         edits = {name: Edit.from_dict(edit) for name, edit in changes["layers"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: its list of converted layers is broken: {error!r}") from error
     try:
+        make_plain(model, baked)
         remove(model, folded)
         apply_edits(model, edits)
-        load_model(model, str(path))
-    except (AttributeError, RuntimeError) as error:
+        model.load_state_dict(_state(model, load_file(str(path))))
+    except (AttributeError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: weights of another network: {error}") from error
     return model.eval()
+
+
+def _state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own state_dict, its version numbers included, with the saved tensors in it.
+
+    A tensor of several names is in the file once.
+    """
+    state = model.state_dict()
+    names = {t.data_ptr(): name for name, t in state.items() if name in saved and t.numel()}
+    for name, tensor in list(state.items()):
+        same = name if name in saved else names.get(tensor.data_ptr())
+        if same is None:
+            del state[name]
+        else:
+            state[name] = saved[same]
+    state.update({name: tensor for name, tensor in saved.items() if name not in state})
+    return state

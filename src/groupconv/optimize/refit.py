@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.optimize.convert import Converted
-from groupconv.optimize.fit import fit
-from groupconv.optimize.moments import layer_moments
-from groupconv.optimize.partition import Partition
+from groupconv.optimize.fit import fit_groups
+from groupconv.optimize.moments import group_moments
 
 
 @torch.no_grad()
@@ -38,21 +37,21 @@ def refit(
     net, losses = converted.model, {}
     for placed in converted.placed:
         name, module = placed.conv.name, net.get_submodule(placed.module)
-        dense = original.get_submodule(name)
         assert isinstance(module, nn.modules.conv._ConvNd)
-        assert isinstance(dense, nn.modules.conv._ConvNd)
-        (moments,) = layer_moments(
+        # The inputs arrive in the new layer's order already; the outputs are the original's. Its
+        # weights are still those of the original, cut.
+        parts = group_moments(
             original,
             net,
-            [(placed.conv, placed.module)],
+            (placed.conv, placed.module),
             batches(),
+            groups=module.groups,
+            outputs=placed.channels_out,
             max_positions=max_positions,
             images=images,
             seed=seed,
         )
-        # The inputs arrive in the new layer's order already; the outputs are the original's.
-        partition = Partition(module.groups, tuple(range(module.in_channels)), placed.channels_out)
-        result = fit(moments, dense.weight[:, list(placed.channels_in)], partition)
+        result = fit_groups(parts, module.weight)
         module.weight.copy_(result.weight)
         if module.bias is not None:
             module.bias.copy_(result.bias)

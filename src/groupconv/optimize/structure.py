@@ -7,14 +7,14 @@ in given order where nothing can absorb a permutation, or with explicit permutat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from groupconv.kernels.spec import ConvSpec, legal_groups
-from groupconv.optimize.fit import fit
-from groupconv.optimize.moments import Moments
-from groupconv.optimize.partition import Partition, cluster, energy
+from groupconv.optimize.covariance import Moments, SeparableMoments
+from groupconv.optimize.orders import Orders
+from groupconv.optimize.partition import Partition
+from groupconv.optimize.schur import Regression
+from groupconv.optimize.search import SCREEN, Search
 from groupconv.optimize.trace import Trace, TracedConv
 
 
@@ -25,7 +25,7 @@ class Candidate:
     Args:
         spec: of the convolution, with its number of groups.
         loss: predicted residual variance over output variance.
-        start: what the partition comes from: "dense", "identity" or "energy".
+        start: what the partition comes from: "dense", or the start of :class:`Found`.
         permute_in, permute_out: whether an explicit permutation stands before or after it.
     """
 
@@ -43,10 +43,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Menu:
-    """The candidates of one layer, dense first, and the energies that partitions come from."""
+    """The candidates of one layer, dense first, and the search that partitions come from."""
 
     conv: TracedConv
-    energy: NDArray[np.float64]
+    search: Search
     candidates: tuple[Candidate, ...]
 
 
@@ -60,21 +60,23 @@ def freedom(trace: Trace, convs: Sequence[TracedConv]) -> dict[str, tuple[bool, 
 
     It may where the order can change at all and no layer of higher priority touches it.
     """
-    taken: set[int] = set()
+    orders = Orders(trace.spaces)
     free: dict[str, tuple[bool, bool]] = {}
     for conv in by_priority(convs):
-        sides = (conv.input_space, conv.output_space)
-        open_in, open_out = (
-            trace.spaces[space].fixed is None and space not in taken for space in sides
-        )
+        open_in, open_out = orders.free(conv.inputs), orders.free(conv.outputs)
         # A layer between two tensors of one space would need one order to serve both ends.
-        free[conv.name] = (open_in, open_out and sides[0] != sides[1])
-        taken.update(sides)
+        free[conv.name] = (open_in, open_out and conv.inputs.space != conv.outputs.space)
+        for axis in (conv.inputs, conv.outputs):
+            orders.claim(axis, orders.channels(axis), 1)
     return free
 
 
 def menu(
-    conv: TracedConv, weight: Tensor, moments: Moments, free: tuple[bool, bool], seed: int
+    conv: TracedConv,
+    weight: Tensor,
+    moments: Moments | SeparableMoments,
+    free: tuple[bool, bool],
+    seed: int,
 ) -> Menu:
     """Every structure for one dense layer, with its predicted loss.
 
@@ -86,51 +88,43 @@ def menu(
         seed: of the partitions.
     """
     spec = conv.spec
-    strength = energy(weight, moments)
+    search = Search(Regression.of(moments, weight), seed)
     candidates = [Candidate(spec, 0.0, "dense")]
     given_in = None if free[0] else range(spec.in_channels)
     given_out = None if free[1] else range(spec.out_channels)
     for groups in legal_groups(spec.in_channels, spec.out_channels)[1:]:
         grouped = replace(spec, groups=groups)
-        identity = Partition.identity(groups, spec.in_channels, spec.out_channels)
-        absorbed = [(fit(moments, weight, identity).loss, "identity")]
-        if any(free):
-            clustered = cluster(strength, groups, given_in=given_in, given_out=given_out, seed=seed)
-            absorbed.append((fit(moments, weight, clustered).loss, "energy"))
-        candidates.append(Candidate(grouped, *min(absorbed)))
+        absorbed = search.find(groups, effort=SCREEN, given_in=given_in, given_out=given_out)
+        candidates.append(Candidate(grouped, absorbed.loss, absorbed.start))
         if not all(free) and groups < spec.in_channels:
-            explicit = fit(moments, weight, cluster(strength, groups, seed=seed))
-            candidates.append(Candidate(grouped, explicit.loss, "energy", not free[0], not free[1]))
-    return Menu(conv, strength, tuple(candidates))
+            explicit = search.find(groups, effort=SCREEN)
+            candidates.append(
+                Candidate(grouped, explicit.loss, explicit.start, not free[0], not free[1])
+            )
+    return Menu(conv, search, tuple(candidates))
 
 
 def settle(
-    trace: Trace, menus: Mapping[str, Menu], chosen: Mapping[str, Candidate], seed: int
+    trace: Trace, menus: Mapping[str, Menu], chosen: Mapping[str, Candidate]
 ) -> dict[str, Partition]:
     """Partitions of the chosen structures, each keeping the orders that others chose before it.
 
     Returns:
         layer name to partition, by priority; dense layers are left out.
     """
-    orders: dict[int, Sequence[int]] = {
-        index: range(space.channels)
-        for index, space in enumerate(trace.spaces)
-        if space.fixed is not None
-    }
+    orders = Orders(trace.spaces)
     grouped = [menus[name].conv for name, choice in chosen.items() if choice.spec.groups > 1]
     partitions: dict[str, Partition] = {}
     for conv in by_priority(grouped):
-        choice, strength = chosen[conv.name], menus[conv.name].energy
-        groups = choice.spec.groups
-        given_in = None if choice.permute_in else orders.get(conv.input_space)
-        given_out = None if choice.permute_out else orders.get(conv.output_space)
-        if choice.start == "identity":
-            given_in = given_in or range(conv.spec.in_channels)
-            given_out = given_out or range(conv.spec.out_channels)
-        elif conv.input_space == conv.output_space and given_out is None:
-            given_out = range(conv.spec.out_channels)
-        partition = cluster(strength, groups, given_in=given_in, given_out=given_out, seed=seed)
-        partitions[conv.name] = partition
-        orders.setdefault(conv.input_space, partition.in_order)
-        orders.setdefault(conv.output_space, partition.out_order)
+        choice = chosen[conv.name]
+        given_in, given_out = orders.channels(conv.inputs), orders.channels(conv.outputs)
+        chooses = choice.start != "identity"
+        free_in = chooses and orders.free(conv.inputs)
+        free_out = chooses and orders.free(conv.outputs) and conv.inputs.space != conv.outputs.space
+        found = menus[conv.name].search.find(
+            choice.spec.groups,
+            given_in=None if choice.permute_in or free_in else given_in,
+            given_out=None if choice.permute_out or free_out else given_out,
+        )
+        partitions[conv.name], _, _ = orders.place(conv, found.partition)
     return partitions
