@@ -132,7 +132,7 @@ class BlockFunction:
         left = e.sub(e.mul(column, conv.stride[1]), conv.padding[1][0])
         corner = e.offset(x, e.mul(left, self.input_pixel))
         top = e.sub(e.mul(row, conv.stride[0]), conv.padding[0][0])
-        if self.tile.ahead and not block.scalar:
+        if self.tile.ahead:
             self._ask_ahead(strip, lines, corner, top)
         sums = self._total(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from groupconv.kernels import cache, kernel, packing
+from groupconv.kernels import cache, kernel, openmp, packing
 from groupconv.kernels.blocks import blocks
 from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
@@ -30,7 +30,7 @@ _SHORT = 2e-3
 # Ratio of two times below which they are the same.
 _NOISE = 1.02
 # Bytes of input and output that the caches hold between layers.
-_NEAR = 2**23
+_NEAR = 2**22
 
 
 def tuning() -> bool:
@@ -45,15 +45,18 @@ def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> 
         images: about how many images it will be called with.
     """
     machine = machine or runnable()[0]
-    far = images * _bytes(spec) > _NEAR
-    key = (spec, machine, tuning(), far)
+    far, shared = images * _bytes(spec) > _NEAR, openmp.threads() > 1
+    key = (spec, machine, tuning(), far, shared)
     with _lock:
         if key not in _known:
-            _known[key] = _recall(*key) or _make(*key)
+            _known[key] = _recall(key) or _make(key, min(images, -(-4 * _NEAR // _bytes(spec))))
         return _known[key]
 
 
-_known: dict[tuple[KernelSpec, Machine, bool, bool], Kernel] = {}
+# A kernel, its machine, whether tiles are measured, whether its images come from far away, and
+# whether threads share them.
+_Key = tuple[KernelSpec, Machine, bool, bool, bool]
+_known: dict[_Key, Kernel] = {}
 _lock = threading.Lock()
 
 
@@ -67,24 +70,24 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _recall(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel | None:
-    entry = cache.read(cache.key(spec, machine, measured, far))
+def _recall(key: _Key) -> Kernel | None:
+    entry = cache.read(cache.key(*key))
     if entry is None:
         return None
     head, _, code = entry.partition(b"\n")
-    return kernel.load(spec, machine, Tile(**json.loads(head)), code)
+    return kernel.load(key[0], key[1], Tile(**json.loads(head)), code)
 
 
-def _make(spec: KernelSpec, machine: Machine, measured: bool, far: bool) -> Kernel:
-    choices = candidates(spec, machine, far)
+def _make(key: _Key, images: int) -> Kernel:
+    spec, machine, measured, far, shared = key
+    choices = candidates(spec, machine, far, shared)
     if measured:
-        images = -(-4 * _NEAR // _bytes(spec)) if far else 1
         code, made = _measure(spec, machine, choices, images)
     else:
         code = kernel.compile(spec, machine, choices[0])
         made = kernel.load(spec, machine, choices[0], code)
     head = json.dumps(asdict(made.tile)).encode()
-    cache.write(cache.key(spec, machine, measured, far), head + b"\n" + code)
+    cache.write(cache.key(*key), head + b"\n" + code)
     return made
 
 
