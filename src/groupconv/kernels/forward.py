@@ -52,7 +52,9 @@ class BlockFunction:
         self.chunk = sum_channels(conv)
         assert tile.channels % self.chunk == 0
         self.channels = tile.channels if block.scalar else block.width
-        self.strips = strips(conv, max(tile.pixels, tile.pixels * tile.vectors // len(block.vectors)))
+        self.strips = strips(
+            conv, max(tile.pixels, tile.pixels * tile.vectors // len(block.vectors))
+        )
         self.weights = (
             conv.kernel_size[0] * block.width * conv.kernel_size[1]
             * len(block.vectors) * machine.lanes

@@ -35,7 +35,9 @@ def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     # On integers that are known, an emitter does plain arithmetic.
     e = Emitter(machine)
-    size = e.add(_input_buffer(e, spec, kinds, tile.rows), _output_buffer(e, spec, kinds, tile.rows))
+    size = e.add(
+        _input_buffer(e, spec, kinds, tile.rows), _output_buffer(e, spec, kinds, tile.rows)
+    )
     assert isinstance(size, int)
     return size
 
@@ -47,9 +49,7 @@ def _input_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value)
     conv = spec.conv
     reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
     rows = e.min(e.add(e.mul(e.sub(rows, 1), conv.stride[0]), reach), conv.input_size[0])
-    return _whole_lines(
-        e, e.mul(rows, conv.input_size[1] * max(block.inputs for block in kinds))
-    )
+    return _whole_lines(e, e.mul(rows, conv.input_size[1] * max(block.inputs for block in kinds)))
 
 
 def _output_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value) -> Value:
