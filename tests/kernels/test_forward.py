@@ -336,7 +336,7 @@ def test_the_sweep_reaches_long_sums() -> None:
     """In blocks of either kind, in several chunks, channels and lines."""
     target, seen = runnable()[0], set[tuple[bool, ...]]()
 
-    @settings(SWEEP, max_examples=500)
+    @settings(SWEEP, max_examples=1500)
     @given(case=cases(target, True))
     def sweep(case: Case) -> None:
         conv, tile = case.spec.conv, case.tile
