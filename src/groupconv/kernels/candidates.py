@@ -97,7 +97,7 @@ def _code(spec: KernelSpec, block: Block, pixels: int, lines: int) -> int:
 def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
     """Output pixels of a tile: what registers hold beside the weights of all taps, or of some."""
     width, k = spec.conv.output_size[1], spec.conv.kernel_size[1]
-    found = set()
+    found: set[int] = set()
     for taps in {k, -(-k // 2), -(-k // 3), 1}:
         most = (machine.registers - SPARE - taps * vectors) // vectors
         found.update(min(n, width) for n in (most, most // 2) if n >= 1)

@@ -84,7 +84,8 @@ def emit(machine: Machine) -> str:
         [
             f'target triple = "{machine.triple}"',
             *sorted(e.declarations),
-            f"define i64 @{_name(machine)}(ptr %data, i64 %words, ptr %expected, ptr %found) nounwind {{",
+            f"define i64 @{_name(machine)}"
+            "(ptr %data, i64 %words, ptr %expected, ptr %found) nounwind {",
             f"{e.text()}\n}}",
         ]
     )
