@@ -20,6 +20,8 @@ _TASKS, _ROW_TASKS = 16, 4
 _LINES, _MOST, _CODE = 2, 12, 1500
 # Bytes of rows and of weights that should stay close to the core.
 _ROWS, _WEIGHTS = 2**18, 2**18
+# Products of one output that are little arithmetic.
+_LITTLE = 18
 # Values in a line of memory, and input channels of a group that are asked for ahead, at most.
 _LINE, _NARROW = 16, 64
 
@@ -33,17 +35,16 @@ def candidates(
         far: whether input and output are more than the caches hold between two layers.
         shared: whether several threads share the work.
     """
-    tiles = _ranked(spec, machine)
-    width = spec.conv.in_channels // spec.conv.groups
-    if far and not spec.staged and width <= _NARROW:
-        ahead = [replace(tile, ahead=True) for tile in tiles]
-        if not blocks(spec.conv, machine.lanes, tiles[0].vectors)[0].scalar:
-            ahead = [*_in_memory_order(spec, machine), *ahead]
-        # Both kinds in turn: which wins depends on how far.
-        pairs = itertools.zip_longest(ahead, tiles)
-        tiles = [tile for pair in pairs for tile in pair if tile]
-    found = [order for tile in tiles for order in _orders(spec, machine, tile, shared)]
-    return list(dict.fromkeys(found))[:_MOST]
+    found = [_orders(spec, machine, tile, shared) for tile in _ranked(spec, machine)]
+    if far and not spec.staged and spec.conv.in_channels // spec.conv.groups <= _NARROW:
+        ahead = [[replace(tile, ahead=True) for tile in orders[:1]] for orders in found]
+        in_memory_order = [
+            _orders(spec, machine, tile, shared)[:1] for tile in _in_memory_order(spec, machine)
+        ]
+        # All kinds in turn: which wins depends on how far.
+        kinds = itertools.zip_longest(in_memory_order, ahead, found, fillvalue=[])
+        found = [orders[:2] for turn in kinds for orders in turn]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))[:_MOST]
 
 
 def _ranked(spec: KernelSpec, machine: Machine) -> list[Tile]:
@@ -72,12 +73,15 @@ def _ranked(spec: KernelSpec, machine: Machine) -> list[Tile]:
 
 def _in_memory_order(spec: KernelSpec, machine: Machine) -> list[Tile]:
     """Tiles that read all channels of one or two pixels of a few rows, then of the next ones: what
-    comes from far away comes fastest in the order of memory, a line or two at a time."""
+    comes from far away comes fastest in the order of memory, a line or two at a time. For layers
+    with little arithmetic, as they reuse little of what they loaded."""
+    if math.prod(spec.conv.weight_shape[1:]) > _LITTLE:
+        return []
     line = max(1, _LINE // machine.lanes)
     height = spec.conv.output_size[0]
     shapes = [(2, line, 2, True)]
     if spec.conv.groups == spec.conv.in_channels:
-        shapes = [(1, line, 2, True), (1, line, 4, False), (1, 2 * line, 2, False), *shapes]
+        shapes = [(1, line, 2, True), (1, 2 * line, 2, False), *shapes, (1, line, 4, False)]
     found = []
     for pixels, vectors, lines, ahead in shapes:
         size = max(len(b.vectors) for b in blocks(spec.conv, machine.lanes, vectors))
@@ -98,7 +102,7 @@ def _pixels(spec: KernelSpec, machine: Machine, vectors: int) -> list[int]:
     """Output pixels of a tile: what registers hold beside the weights of all taps, or of some."""
     width, k = spec.conv.output_size[1], spec.conv.kernel_size[1]
     found: set[int] = set()
-    for taps in {k, -(-k // 2), -(-k // 3), 1}:
+    for taps in {k, -(-k // 2), -(-k // 3), 3, 2, 1}:
         most = (machine.registers - SPARE - taps * vectors) // vectors
         found.update(min(n, width) for n in (most, most // 2) if n >= 1)
     return sorted(found)
