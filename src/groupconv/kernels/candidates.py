@@ -42,8 +42,8 @@ def candidates(
             _orders(spec, machine, tile, shared)[:1] for tile in _in_memory_order(spec, machine)
         ]
         # All kinds in turn: which wins depends on how far.
-        kinds = itertools.zip_longest(in_memory_order, ahead, found, fillvalue=[])
-        found = [orders[:2] for turn in kinds for orders in turn]
+        turns = itertools.zip_longest(in_memory_order, ahead, found, fillvalue=list[Tile]())
+        found = [orders[:2] for turn in turns for orders in turn]
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))[:_MOST]
 
 

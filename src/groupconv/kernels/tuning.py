@@ -31,6 +31,8 @@ _SHORT = 2e-3
 _NOISE = 1.02
 # Bytes of input and output that the caches hold between layers.
 _NEAR = 2**22
+# Bytes that they don't hold from one call to the next.
+_FAR = 2**25
 
 
 def tuning() -> bool:
@@ -49,7 +51,7 @@ def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> 
     key = (spec, machine, tuning(), far, shared)
     with _lock:
         if key not in _known:
-            _known[key] = _recall(key) or _make(key, min(images, -(-4 * _NEAR // _bytes(spec))))
+            _known[key] = _recall(key) or _make(key, min(images, -(-_FAR // _bytes(spec))))
         return _known[key]
 
 
