@@ -27,7 +27,8 @@ LEVELS = [
 ORDER = {
     "kernels": [
         "spec", "reference", "machine", "emit", "activation", "blocks", "inputs", "tile",
-        "forward", "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "tuning",
+        "forward", "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "candidates",
+        "tuning",
         "transposed", "fingerprint", "weights", "request", "native", "dispatch",
     ],
     "nn": ["functional", "conv", "explain", "shuffle", "blocks"],

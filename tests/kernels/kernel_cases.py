@@ -186,7 +186,7 @@ def tiles(draw: st.DrawFn, spec: KernelSpec, target: Machine) -> Tile:
     return Tile(
         pixels,
         vectors,
-        rows=draw(st.integers(1, conv.output_size[0] + 2)),
+        rows=lines * draw(st.integers(1, conv.output_size[0] // lines + 2)),
         channels=draw(st.sampled_from([legal[-1], *legal])),
         blocks=1 if spec.staged else draw(st.sampled_from([1, 1, 2, 3, 6, 100])),
         lines=lines,

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from groupconv.kernels import jit, module, tuning
+from groupconv.kernels import jit, module
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.machine import NAMES, machine
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 
@@ -55,7 +56,7 @@ def test_inner_loops_are_vectors_in_registers(name: str, layer: str) -> None:
     pad = (k // 2, k // 2)
     conv = ConvSpec(1, into, out, (28, 28), (k, k), (1, 1), (pad, pad), (1, 1), groups)
     spec, target = KernelSpec(conv, bias=True), machine(name)
-    tile = tuning.candidates(spec, target)[0]
+    tile = candidates(spec, target)[0]
     text = jit.assembly(module.emit(spec, target, tile, "kernel"), target)
     whole = WHOLE.get(name, AVX_WHOLE)
     inner = [block for block in _blocks(text) if _count(whole, block) >= 4]

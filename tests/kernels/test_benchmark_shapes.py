@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from groupconv.kernels import kernel, tuning
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import runnable
 from groupconv.kernels.native import Native
@@ -86,7 +87,7 @@ def test_another_tile_equals_float64(number: int, monkeypatch: pytest.MonkeyPatc
 
     def tuned(spec: KernelSpec, images: int = 1) -> Kernel:
         machine = runnable()[0]
-        tiles = tuning.candidates(spec, machine)
+        tiles = candidates(spec, machine)
         others = tiles[1:] or tiles
         tile = replace(others[number % len(others)], ahead=number % 2 == 0)
         return kernel.load(spec, machine, tile, kernel.compile(spec, machine, tile))

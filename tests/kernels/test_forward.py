@@ -34,8 +34,9 @@ from kernels.kernel_cases import (
     verify,
 )
 
-from groupconv.kernels import jit, tuning
+from groupconv.kernels import jit
 from groupconv.kernels.blocks import blocks
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.machine import NAMES, Machine, machine, runnable
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 from groupconv.kernels.tile import Tile, has_total, sum_channels
@@ -335,7 +336,7 @@ def test_the_sweep_reaches_long_sums() -> None:
     """In blocks of either kind, in several chunks, channels and lines."""
     target, seen = runnable()[0], set[tuple[bool, ...]]()
 
-    @settings(SWEEP, max_examples=500)
+    @settings(SWEEP, max_examples=1500)
     @given(case=cases(target, True))
     def sweep(case: Case) -> None:
         conv, tile = case.spec.conv, case.tile
@@ -400,7 +401,7 @@ CHOSEN = {
 def test_every_tile_that_may_be_chosen_gives_the_same_bits(target: Machine, name: str) -> None:
     spec = CHOSEN[name]
     given = rounded_numbers(Case(spec, Tile(1, 1, 1, 1), 2))
-    found = [*tuning.candidates(spec, target), *tuning.candidates(spec, target, True)[:2]]
+    found = [*candidates(spec, target), *candidates(spec, target, True)[:2]]
     first, *others = (run(Case(spec, tile, 2), target, given) for tile in found)
     assert all(same_bits(other, first) for other in others)
     if name == "dense":
@@ -438,7 +439,7 @@ def test_as_exact_as_torch(target: Machine, name: str) -> None:
     spec = replace(ACCURATE[name], bias=True, residual=True)
     for activation in (None, "silu") if name in ("width 4", "dense") else (None,):
         spec = replace(spec, activation=activation)
-        case = Case(spec, tuning.candidates(spec, target)[0], 8)
+        case = Case(spec, candidates(spec, target)[0], 8)
         given = rounded_numbers(case)
         assert given.bias is not None
         assert given.residual is not None

@@ -10,7 +10,8 @@ import torch
 from kernels.kernel_cases import made, same_bits
 from torch import Tensor
 
-from groupconv.kernels import kernel, openmp, tuning
+from groupconv.kernels import kernel, openmp
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.module import ARGUMENTS
@@ -44,7 +45,7 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _kernel(name: str, target: Machine) -> Kernel:
     spec = SPECS[name]
-    return made(spec, tuning.candidates(spec, target)[0], target)
+    return made(spec, candidates(spec, target)[0], target)
 
 
 def _layout(x: Tensor, channels_last: bool) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernels.kernel_cases import SWEEP, Case, Numbers, convolved, run
 from torch import Tensor
 
-from groupconv.kernels import tuning
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 from groupconv.kernels.transposed import Phase, phases
@@ -129,7 +129,7 @@ def test_on_kernels(target: Machine) -> None:
             spec = KernelSpec(
                 part.conv, last_in, last_out, step=conv.stride, written_size=conv.output_size
             )
-            case = Case(spec, tuning.candidates(spec, target)[0], 2, part.start)
+            case = Case(spec, candidates(spec, target)[0], 2, part.start)
             numbers = Numbers(x, part.weight(weight), None, None, None)
             # Nothing but the outputs of this phase stops being NaN.
             y += run(case, target, numbers).nan_to_num(0)

@@ -1,4 +1,4 @@
-"""Tiles that are chosen: legal for every kernel, the same each time, remembered on disk."""
+"""Tiles that are chosen: the same each time, remembered on disk, for one thread or several."""
 
 import dataclasses
 import math
@@ -6,125 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernels.kernel_cases import SWEEP, specs
 
-from groupconv.kernels import cache, kernel, tuning
-from groupconv.kernels.blocks import blocks
+from groupconv.kernels import cache, kernel, openmp, tuning
+from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
-from groupconv.kernels.machine import NAMES, Machine, machine, runnable
+from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import ConvSpec, KernelSpec
-from groupconv.kernels.tile import SPARE, Tile, sum_channels
 
 every_machine = pytest.mark.parametrize("target", runnable(), ids=lambda target: target.name)
 
 
-def _layer(
-    into: int, out: int, groups: int, k: int, size: tuple[int, int], stride: int = 1
-) -> KernelSpec:
-    pad = (k // 2, k // 2)
-    conv = ConvSpec(1, into, out, size, (k, k), (stride, stride), (pad, pad), (1, 1), groups)
-    return KernelSpec(conv)
-
-
-# As in networks, larger than those of the sweep.
-LAYERS = [
-    _layer(3, 64, 1, 7, (224, 224), 2),
-    _layer(64, 64, 1, 3, (56, 56)),
-    _layer(512, 512, 1, 3, (7, 7)),
-    _layer(2048, 1000, 1, 1, (1, 1)),
-    _layer(128, 128, 32, 3, (56, 56)),
-    _layer(1024, 1024, 32, 3, (7, 7), 2),
-    _layer(144, 144, 144, 3, (56, 56), 2),
-    _layer(768, 768, 768, 31, (14, 14)),
-    _layer(4096, 4096, 4096, 1, (1, 1)),
-    _layer(512, 512, 256, 9, (1, 10000)),
-    _layer(1, 1, 1, 1, (1, 1)),
-    _layer(997, 991, 1, 3, (5, 3)),
-]
-SMALL = dataclasses.replace(_layer(12, 20, 4, 3, (9, 8)), bias=True)
-
-
-def _illegal(spec: KernelSpec, tile: Tile) -> str | None:
-    """What is wrong with a tile."""
-    conv = spec.conv
-    if min(dataclasses.astuple(tile)[:6]) < 1:
-        return "a field below 1"
-    if tile.blocks != 1 and spec.staged:
-        return "blocks of a staged kernel"
-    if (conv.in_channels // conv.groups) % tile.channels:
-        return "channels do not divide the width"
-    if tile.channels % sum_channels(conv):
-        return "channels cut a chain of sums"
-    if tile.rows % tile.lines:
-        return "rows not in whole lines"
-    return None
-
-
-def _registers(spec: KernelSpec, target: Machine, tile: Tile) -> int:
-    """For sums, the weights of one column of the kernel beside them, and inputs."""
-    size = max(len(block.vectors) for block in blocks(spec.conv, target.lanes, tile.vectors))
-    return (tile.pixels + 1) * tile.lines * size + SPARE
-
-
-def _check(spec: KernelSpec, target: Machine, far: bool = False) -> None:
-    found = tuning.candidates(spec, target, far)
-    assert 1 <= len(found) <= 7
-    assert len(set(found)) == len(found)
-    assert found == tuning.candidates(spec, target, far)
-    assert {tile.ahead for tile in found} == {far}
-    for tile in found:
-        assert _illegal(spec, tile) is None, tile
-        assert _registers(spec, target, tile) <= target.registers, tile
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_candidates_are_legal(name: str) -> None:
-    target = machine(name)
-
-    @settings(SWEEP, max_examples=100)
-    @given(spec=specs(), far=st.booleans())
-    def sweep(spec: KernelSpec, far: bool) -> None:
-        _check(spec, target, far)
-
-    sweep()
-    for spec in LAYERS:
-        for far in (False, True):
-            _check(spec, target, far)
-            _check(dataclasses.replace(spec, channels_last_output=False), target, far)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"pixels": 0},
-        {"rows": 0},
-        {"channels": 2},
-        {"channels": 3},
-        {"lines": 2, "rows": 3},
-        {"blocks": 0},
-    ],
-    ids=str,
-)
-def test_the_check_sees_illegal_tiles(change: dict[str, int]) -> None:
-    target, spec = machine("avx2"), _layer(9, 400, 1, 3, (9, 40))
-    tile = tuning.candidates(spec, target)[0]
-    assert _illegal(spec, tile) is None
-    assert _illegal(spec, dataclasses.replace(tile, **change)) is not None
-    many = _layer(90, 400, 1, 3, (9, 40))
-    assert _illegal(many, dataclasses.replace(tile, channels=30)) is None
-    assert _illegal(many, dataclasses.replace(tile, channels=45)) is not None
-    staged = dataclasses.replace(spec, ordered=True)
-    assert _illegal(staged, dataclasses.replace(tile, blocks=2)) is not None
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_narrow_image(name: str) -> None:
-    """Few tiles of several rows fit the registers there."""
-    pads = ((11, -8), (-4, -5))
-    narrow = KernelSpec(ConvSpec(1, 80, 80, (10, 11), (2, 2), (1, 1), pads, (1, 1), 80))
-    _check(narrow, machine(name))
+PADS = ((1, 1), (1, 1))
+SMALL = KernelSpec(ConvSpec(1, 12, 20, (9, 8), (3, 3), (1, 1), PADS, (1, 1), 4), bias=True)
 
 
 @pytest.fixture
@@ -170,7 +63,7 @@ def test_the_choice_on_paper(fresh: Path, monkeypatch: pytest.MonkeyPatch, targe
     first = tuning.tuned(SMALL, 1, target)
     assert first is tuning.tuned(SMALL, 1, target)
     assert first is tuning.tuned(dataclasses.replace(SMALL), 3, target)
-    assert first.tile == tuning.candidates(SMALL, target)[0]
+    assert first.tile == candidates(SMALL, target, shared=openmp.threads() > 1)[0]
     assert first.machine == target
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setenv("GROUPCONV_CACHE", str(fresh.parent / "other"))
@@ -187,8 +80,7 @@ def test_the_choice_on_paper(fresh: Path, monkeypatch: pytest.MonkeyPatch, targe
 def test_near_and_far_batches_give_the_same_numbers(fresh: Path, target: Machine) -> None:
     near, far = tuning.tuned(SMALL, 1, target), tuning.tuned(SMALL, 10**6, target)
     assert far is not near
-    assert far.tile == tuning.candidates(SMALL, target, True)[0]
-    assert [near.tile.ahead, far.tile.ahead] == [False, True]
+    assert far.tile == candidates(SMALL, target, True, openmp.threads() > 1)[0]
     assert torch.equal(_result(far), _result(near))
 
 
@@ -202,7 +94,7 @@ def test_a_measured_choice_is_found_again(
     measured = tuning.tuned(SMALL, 1, target)
     assert measured is not unmeasured
     assert measured is tuning.tuned(SMALL, 1, target)
-    assert measured.tile in tuning.candidates(SMALL, target)
+    assert measured.tile in candidates(SMALL, target, shared=openmp.threads() > 1)
     assert cache.usage().entries == 2
     _forget(monkeypatch)
     recalled = tuning.tuned(SMALL, 1, target)
@@ -253,3 +145,19 @@ def test_every_kind_of_kernel_can_be_measured(
     monkeypatch.setenv("GROUPCONV_TUNE", "1")
     spec = dataclasses.replace(SMALL, **change)
     assert not tuning.tuned(spec).tile.ahead
+
+
+@every_machine
+def test_one_thread_and_several_have_tiles_of_their_own(fresh: Path, target: Machine) -> None:
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(tuning.tuned(SMALL, 1, target))
+    finally:
+        torch.set_num_threads(before)
+    alone, shared = made
+    assert alone is not shared
+    assert alone.tile == candidates(SMALL, target, shared=False)[0]
+    assert shared.tile == candidates(SMALL, target, shared=True)[0]
+    assert torch.equal(_result(alone), _result(shared))

@@ -209,10 +209,10 @@ _MOST_CHOICES = 4096
 
 
 def signature(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Signature:
-    """All that a choice depends on: sizes, layouts, dtypes and the convolution's arguments."""
+    """All that a choice depends on: of the tensors, the convolution's arguments, and threads."""
     return (
         input.shape, input.stride(), input.dtype, weight.shape, weight.stride(), weight.dtype,
-        None if bias is None else (bias.shape, bias.dtype), arguments,
+        None if bias is None else (bias.shape, bias.dtype), openmp.threads() > 1, arguments,
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from groupconv.kernels.machine import Machine, runnable
 _VECTORS = 8
 # An odd number without pattern (from MurmurHash3), and how far high bits are folded down.
 _FACTOR, _FOLD = 0x85EBCA6B, 15
-_NAME = "fingerprint"
 _PROTOTYPE = ctypes.CFUNCTYPE(
     ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
 )
@@ -85,7 +84,8 @@ def emit(machine: Machine) -> str:
         [
             f'target triple = "{machine.triple}"',
             *sorted(e.declarations),
-            f"define i64 @{_NAME}(ptr %data, i64 %words, ptr %expected, ptr %found) nounwind {{",
+            f"define i64 @{_name(machine)}"
+            "(ptr %data, i64 %words, ptr %expected, ptr %found) nounwind {",
             f"{e.text()}\n}}",
         ]
     )
@@ -100,4 +100,8 @@ def fingerprint(machine: Machine | None = None) -> jit.Function:
     if code is None:
         code = jit.compile_object(emit(machine), machine)
         cache.write(key, code)
-    return jit.load(code, _NAME, _PROTOTYPE)
+    return jit.load(code, _name(machine), _PROTOTYPE)
+
+
+def _name(machine: Machine) -> str:
+    return "fingerprint_" + machine.name.replace(".", "_")

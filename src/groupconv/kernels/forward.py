@@ -52,6 +52,9 @@ class BlockFunction:
         self.chunk = sum_channels(conv)
         assert tile.channels % self.chunk == 0
         self.channels = tile.channels if block.scalar else block.width
+        self.strips = strips(
+            conv, max(tile.pixels, tile.pixels * tile.vectors // len(block.vectors))
+        )
         self.weights = (
             conv.kernel_size[0] * block.width * conv.kernel_size[1]
             * len(block.vectors) * machine.lanes
@@ -65,7 +68,7 @@ class BlockFunction:
                 whole = e.mul(e.div(e.sub("%last", "%first"), lines), lines)
                 done = e.add("%first", whole)
                 self._rows("%first", done, lines, channel)
-            if lines == 1 or self.tile.rows % lines or self.conv.output_size[0] % lines:
+            if lines == 1 or self.conv.output_size[0] % lines:
                 self._rows(done, "%last", 1, channel)
         e.do("ret void")
         return (
@@ -85,7 +88,7 @@ class BlockFunction:
         """Rows ``start`` to ``stop``, ``lines`` at a time."""
         e = self.e
         with e.loop(start, stop, lines) as row:
-            for strip in strips(self.conv, self.tile.pixels):
+            for strip in self.strips:
                 with e.loop(0, strip.count) as number, e.loop("%begin", "%end") as index:
                     column = e.add(strip.start, e.mul(number, strip.size))
                     self._tile(strip, lines, index, row, column, channel)
@@ -131,7 +134,7 @@ class BlockFunction:
         left = e.sub(e.mul(column, conv.stride[1]), conv.padding[1][0])
         corner = e.offset(x, e.mul(left, self.input_pixel))
         top = e.sub(e.mul(row, conv.stride[0]), conv.padding[0][0])
-        if self.tile.ahead and not block.scalar:
+        if self.tile.ahead:
             self._ask_ahead(strip, lines, corner, top)
         sums = self._total(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):

@@ -69,12 +69,20 @@ def _engine() -> llvm.ExecutionEngine:
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target, use_lmm=True)
 
 
+_loaded: dict[str, Function] = {}
+
+
 def load(code: bytes, name: str, prototype: Callable[[int], Function]) -> Function:
-    """The function ``name`` of an object file, as ``prototype`` (a ctypes function type) has it."""
+    """The function ``name`` of an object file, as ``prototype`` (a ctypes function type) has it.
+
+    The name stands for the code: where it was loaded before, that function is returned.
+    """
     with _lock:
-        engine = _engine()
-        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        address = engine.get_function_address(name)
-    assert address
-    return prototype(address)
+        if name not in _loaded:
+            engine = _engine()
+            engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+            engine.finalize_object()
+            address = engine.get_function_address(name)
+            assert address
+            _loaded[name] = prototype(address)
+        return _loaded[name]

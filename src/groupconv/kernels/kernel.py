@@ -92,6 +92,9 @@ class Kernel:
             y.data_ptr() + 4 * offset,
             None if buffer is None else buffer.data_ptr(),
             images,
+            self.tile.rows,
+            self.tile.blocks,
+            self.buffer,
             threads,
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
         )
@@ -111,27 +114,24 @@ _local = threading.local()
 
 
 def compile(spec: KernelSpec, machine: Machine, tile: Tile) -> bytes:
-    """The object file of a kernel."""
+    """The object file of a kernel, good for every tile of the same code."""
     return jit.compile_object(module.emit(spec, machine, tile, _name(spec, machine, tile)), machine)
 
 
 def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     """The kernel of an object file that :func:`compile` made."""
+    assert tile.rows % tile.lines == 0
+    assert tile.blocks == 1 or not spec.staged
     conv = spec.conv
     elements = conv.in_channels * conv.input_size[0] * conv.input_size[1]
     elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
     seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
     buffer = module.buffer_size(spec, machine, tile)
-    return Kernel(
-        spec,
-        machine,
-        tile,
-        jit.load(code, _name(spec, machine, tile), module.PROTOTYPE),
-        buffer,
-        seconds,
-    )
+    function = jit.load(code, _name(spec, machine, tile), module.PROTOTYPE)
+    return Kernel(spec, machine, tile, function, buffer, seconds)
 
 
 def _name(spec: KernelSpec, machine: Machine, tile: Tile) -> str:
-    """The name of the function: no two kernels in a process may share one."""
-    return "convolution_" + hashlib.sha256(repr((spec, machine, tile)).encode()).hexdigest()[:32]
+    """The name of the function: no two codes in a process may share one."""
+    text = repr((spec, machine, tile.code))
+    return "convolution_" + hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ tasks. No sum depends on how the tasks are shared out.
 """
 
 import ctypes
+import functools
 import math
 
 from groupconv.kernels.blocks import Block, blocks
@@ -16,12 +17,14 @@ from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.staging import InputStage, OutputStage
 from groupconv.kernels.tile import Tile
 
-# What a kernel is called with, in this order; the last three are functions of the OpenMP runtime.
+# What a kernel is called with, in this order. ``rows`` and ``blocks`` are those of the tile, and
+# ``share`` the elements of the buffer for each thread, so that tiles that differ in nothing else
+# share their code; the last three are functions of the OpenMP runtime.
 ARGUMENTS = (
-    "x", "w", "bias", "residual", "order", "y", "buffer", "images", "threads",
-    "parallel", "thread_number", "thread_count",
+    "x", "w", "bias", "residual", "order", "y", "buffer", "images", "rows", "blocks", "share",
+    "threads", "parallel", "thread_number", "thread_count",
 )  # fmt: skip
-_INTEGERS = ("images", "threads")
+_INTEGERS = ("images", "rows", "blocks", "share", "threads")
 PROTOTYPE = ctypes.CFUNCTYPE(
     None, *(ctypes.c_int64 if name in _INTEGERS else ctypes.c_void_p for name in ARGUMENTS)
 )
@@ -30,40 +33,40 @@ PROTOTYPE = ctypes.CFUNCTYPE(
 def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:
     """Elements of the buffer that each thread stages rows in; 0 where nothing is staged."""
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
-    return _input_buffer(spec, kinds, tile) + _output_buffer(spec, kinds, tile)
+    # On integers that are known, an emitter does plain arithmetic.
+    e = Emitter(machine)
+    size = e.add(
+        _input_buffer(e, spec, kinds, tile.rows), _output_buffer(e, spec, kinds, tile.rows)
+    )
+    assert isinstance(size, int)
+    return size
 
 
-def _input_rows(spec: KernelSpec, rows: int) -> int:
-    """Rows of the input that ``rows`` rows of the output need, at most."""
+def _input_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value) -> Value:
+    """Elements for the input of ``rows`` rows of the output."""
+    if not spec.staged_input:
+        return 0
     conv = spec.conv
-    return min(
-        conv.input_size[0],
-        (rows - 1) * conv.stride[0] + (conv.kernel_size[0] - 1) * conv.dilation[0] + 1,
+    reach = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
+    rows = e.min(e.add(e.mul(e.sub(rows, 1), conv.stride[0]), reach), conv.input_size[0])
+    return _whole_lines(e, e.mul(rows, conv.input_size[1] * max(block.inputs for block in kinds)))
+
+
+def _output_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value) -> Value:
+    if spec.channels_last_output:
+        return 0
+    return _whole_lines(
+        e, e.mul(rows, spec.conv.output_size[1] * max(block.outputs for block in kinds))
     )
 
 
-def _input_buffer(spec: KernelSpec, kinds: list[Block], tile: Tile) -> int:
-    if not spec.staged_input:
-        return 0
-    rows = _input_rows(spec, tile.rows) * spec.conv.input_size[1]
-    return _whole_lines(rows * max(block.inputs for block in kinds))
-
-
-def _output_buffer(spec: KernelSpec, kinds: list[Block], tile: Tile) -> int:
-    if spec.channels_last_output:
-        return 0
-    rows = tile.rows * spec.conv.output_size[1]
-    return _whole_lines(rows * max(block.outputs for block in kinds))
-
-
-def _whole_lines(elements: int) -> int:
+def _whole_lines(e: Emitter, elements: Value) -> Value:
     """Rounded up to cache lines, so that no two threads write to the same one."""
-    return -(-elements // 16) * 16
+    return e.mul(e.div(e.add(elements, 15), 16), 16)
 
 
 def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
     """The module; its function ``name`` takes :data:`ARGUMENTS`."""
-    assert tile.blocks == 1 or not spec.staged
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     kernels = [
         BlockFunction(spec, block, machine, tile, f"block{i}") for i, block in enumerate(kinds)
@@ -78,7 +81,7 @@ def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
         for n in sorted({block.outputs for block in kinds})
         if not spec.channels_last_output
     }
-    work = _Work(spec, machine, tile, kinds, kernels, inputs, outputs)
+    work = _Work(spec, machine, kinds, kernels, inputs, outputs)
     functions: list[BlockFunction | InputStage | OutputStage] = [
         *kernels,
         *inputs.values(),
@@ -128,16 +131,13 @@ class _Work:
         self,
         spec: KernelSpec,
         machine: Machine,
-        tile: Tile,
         kinds: list[Block],
         kernels: list[BlockFunction],
         inputs: dict[int, InputStage],
         outputs: dict[int, OutputStage],
     ) -> None:
-        self.spec, self.tile, self.kinds, self.kernels = spec, tile, kinds, kernels
+        self.spec, self.kinds, self.kernels = spec, kinds, kernels
         self.inputs, self.outputs = inputs, outputs
-        self.input_buffer = _input_buffer(spec, kinds, tile)
-        self.buffer = self.input_buffer + _output_buffer(spec, kinds, tile)
         self.e = Emitter(machine)
 
     def write(self, name: str) -> str:
@@ -147,20 +147,28 @@ class _Work:
             place = e.let(f"getelementptr i64, ptr %record, i64 {i}")
             e.do(f"%{argument} = load {kind}, ptr {place}")
         thread, threads = self._team()
-        chunks = -(-conv.output_size[0] // self.tile.rows)
-        per_chunk = sum(-(-block.count // self.tile.blocks) for block in self.kinds)
-        total = e.mul("%images", chunks * per_chunk)
+        chunks = self._parts(conv.output_size[0], "%rows")
+        parts = [self._parts(block.count, "%blocks") for block in self.kinds]
+        per_chunk = functools.reduce(e.add, parts)
+        total = e.mul("%images", e.mul(chunks, per_chunk))
         start = e.div(e.mul(total, thread), threads)
         stop = e.div(e.mul(total, e.add(thread, 1)), threads)
-        buffer = e.offset("%buffer", e.mul(thread, self.buffer))
+        buffer = e.offset("%buffer", e.mul(thread, "%share"))
+        results = buffer
+        if self.outputs:
+            results = e.offset(buffer, _input_buffer(e, self.spec, self.kinds, "%rows"))
         # Which rows and channels lie in the buffer: none yet.
         staged = e.let("alloca i64")
         e.do(f"store i64 -1, ptr {staged}")
         with e.loop(start, stop) as task:
             chunk, part = e.div(task, per_chunk), e.rem(task, per_chunk)
-            self._task(chunk, chunks, part, buffer, staged)
+            self._task(chunk, chunks, part, parts, buffer, results, staged)
         e.do("ret void")
         return f"define internal void @{name}(ptr %record) #0 {{\n{e.text()}\n}}\n"
+
+    def _parts(self, whole: int, size: Value) -> Value:
+        """How many parts of ``size`` at most make up the whole."""
+        return self.e.div(self.e.add(size, whole - 1), size)
 
     def _team(self) -> tuple[Value, Value]:
         """This thread's number and the size of its team, asked only where there is a team."""
@@ -175,21 +183,30 @@ class _Work:
         thread, threads = (e.let(f"load i64, ptr {number}") for number in numbers)
         return thread, threads
 
-    def _task(self, chunk: Value, chunks: int, part: Value, buffer: str, staged: str) -> None:
+    def _task(
+        self,
+        chunk: Value,
+        chunks: Value,
+        part: Value,
+        parts: list[Value],
+        buffer: str,
+        results: str,
+        staged: str,
+    ) -> None:
         e, spec, conv = self.e, self.spec, self.spec.conv
         image, rows = e.div(chunk, chunks), e.rem(chunk, chunks)
-        first = e.mul(rows, self.tile.rows)
-        last = e.min(e.add(first, self.tile.rows), conv.output_size[0])
+        first = e.mul(rows, "%rows")
+        last = e.min(e.add(first, "%rows"), conv.output_size[0])
         x = e.offset("%x", e.mul(image, conv.in_channels * math.prod(conv.input_size)))
         size = e.mul(image, conv.out_channels * math.prod(spec.output_tensor_size))
         y, residual = e.offset("%y", size), e.offset("%residual", size)
-        parts_before = weights_before = 0
-        for kind, kernel in zip(self.kinds, self.kernels, strict=True):
-            parts = -(-kind.count // self.tile.blocks)
+        parts_before: Value = 0
+        weights_before = 0
+        for kind, kernel, count in zip(self.kinds, self.kernels, parts, strict=True):
             number = e.sub(part, parts_before)
-            with e.when(e.let(f"icmp ult i64 {number}, {parts}")):
-                begin = e.mul(number, self.tile.blocks)
-                end = e.min(e.add(begin, self.tile.blocks), kind.count)
+            with e.when(e.let(f"icmp ult i64 {number}, {count}")):
+                begin = e.mul(number, "%blocks")
+                end = e.min(e.add(begin, "%blocks"), kind.count)
                 w = e.offset("%w", weights_before)
                 first_output, first_input = kind.start(e, begin)
                 source, target = x, y
@@ -198,7 +215,6 @@ class _Work:
                     place = (chunk, first_input, first, last)
                     source = self._stage(stage, x, buffer, staged, *place)
                 if self.outputs:
-                    results = e.offset(buffer, self.input_buffer)
                     target = e.offset(results, e.sub(0, e.mul(first, kernel.output_row)))
                 kernel.call(e, w, source, residual, target, begin, end, first, last)
                 if self.outputs:
@@ -207,7 +223,7 @@ class _Work:
                         e, results, residual, y, first_output,
                         e.mul(first, width), e.mul(e.sub(last, first), width),
                     )  # fmt: skip
-            parts_before += parts
+            parts_before = e.add(parts_before, count)
             weights_before += kind.count * kernel.weights
 
     def _stage(

@@ -14,7 +14,7 @@ from groupconv.kernels.transposed import Phase, phases
 from groupconv.kernels.weights import packed
 
 # Pixels that a row should have at least, where it may have any number.
-_ROW = 28
+_ROW = 96
 
 
 class Native:

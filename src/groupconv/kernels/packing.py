@@ -1,11 +1,19 @@
 """Weights in the order in which the generated code reads them."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from groupconv.kernels.blocks import Block
 from groupconv.kernels.spec import ConvSpec
 from groupconv.kernels.tile import sum_channels
+
+
+def size(conv: ConvSpec, kinds: list[Block], lanes: int) -> int:
+    """Elements of packed weights."""
+    products = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    return sum(block.count * len(block.vectors) * lanes * products for block in kinds)
 
 
 def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int) -> Tensor:

@@ -1,13 +1,13 @@
 """How the work of a kernel is cut into pieces that registers and caches hold."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import ConvSpec
 
-# Registers for the inputs at hand: with fewer to choose from LLVM spills now and then.
-SPARE = 3
+# Registers for the input at hand.
+SPARE = 1
 # Products in one chain of sums.
 _TERMS = 128
 
@@ -17,7 +17,8 @@ class Tile:
     """How the work is cut. All tiles give the same numbers, bit by bit.
 
     Args:
-        pixels: neighbouring output pixels whose sums are kept in registers.
+        pixels: neighbouring output pixels whose sums are kept in registers; more of them where a
+            block has fewer vectors.
         vectors: vectors of output channels beside them.
         rows: output rows that pass before the next blocks of channels are taken.
         channels: input channels that pass before the next rows are taken, a multiple of
@@ -36,6 +37,11 @@ class Tile:
     blocks: int = 1
     lines: int = 1
     ahead: bool = False
+
+    @property
+    def code(self) -> "Tile":
+        """Equal for tiles that the same machine code serves: rows and blocks are its arguments."""
+        return replace(self, rows=self.lines, blocks=1)
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,14 @@ def has_total(conv: ConvSpec) -> bool:
 
 
 def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
-    """Cut a row of outputs into tiles of about equal size, at most ``pixels``."""
+    """Cut a row of outputs into the fewest tiles of at most ``pixels``, alike but for one pixel."""
     width, size_in, k = conv.output_size[1], conv.input_size[1], conv.kernel_size[1]
     stride, dilation, (before, _) = conv.stride[1], conv.dilation[1], conv.padding[1]
-    base = -(-width // -(-width // pixels))
+    number = -(-width // pixels)
     found: list[Strip] = []
-    for start in range(0, width, base):
-        size = min(base, width - start)
+    start = 0
+    for i in range(number):
+        size = width // number + (i < width % number)
         left = max(0, before - start * stride)
         last = (start + size - 1) * stride - before + (k - 1) * dilation
         right = max(0, last - size_in + 1)
@@ -91,6 +98,7 @@ def strips(conv: ConvSpec, pixels: int) -> list[Strip]:
             found[-1] = Strip(previous.start, size, previous.count + 1, left, right)
         else:
             found.append(Strip(start, size, 1, left, right))
+        start += size
     return found
 
 
