@@ -29,10 +29,9 @@ _BUDGET = 0.25
 _SHORT = 2e-3
 # Ratio of two times below which they are the same.
 _NOISE = 1.02
-# Bytes of input and output that the caches hold between layers.
-_NEAR = 2**22
-# Bytes that they don't hold from one call to the next.
-_FAR = 2**25
+# Bytes of input and output that the caches near the core hold between layers, and those that no
+# cache holds from one call to the next.
+_NEAR, _FAR = 2**22, 2**24
 
 
 def tuning() -> bool:
@@ -47,17 +46,17 @@ def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> 
         images: about how many images it will be called with.
     """
     machine = machine or runnable()[0]
-    far, shared = images * _bytes(spec) > _NEAR, openmp.threads() > 1
-    key = (spec, machine, tuning(), far, shared)
+    distance = sum(images * _bytes(spec) > held for held in (_NEAR, _FAR))
+    key = (spec, machine, tuning(), distance, openmp.threads() > 1)
     with _lock:
         if key not in _known:
-            _known[key] = _recall(key) or _make(key, min(images, -(-_FAR // _bytes(spec))))
+            _known[key] = _recall(key) or _make(key, min(images, -(-2 * _FAR // _bytes(spec))))
         return _known[key]
 
 
-# A kernel, its machine, whether tiles are measured, whether its images come from far away, and
+# A kernel, its machine, whether tiles are measured, how many of the bounds its images exceed, and
 # whether threads share them.
-_Key = tuple[KernelSpec, Machine, bool, bool, bool]
+_Key = tuple[KernelSpec, Machine, bool, int, bool]
 _known: dict[_Key, Kernel] = {}
 _lock = threading.Lock()
 
@@ -81,8 +80,8 @@ def _recall(key: _Key) -> Kernel | None:
 
 
 def _make(key: _Key, images: int) -> Kernel:
-    spec, machine, measured, far, shared = key
-    choices = candidates(spec, machine, far, shared)
+    spec, machine, measured, distance, shared = key
+    choices = candidates(spec, machine, distance > 0, shared)
     if measured:
         code, made = _measure(spec, machine, choices, images)
     else:
