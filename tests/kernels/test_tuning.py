@@ -125,7 +125,9 @@ def test_a_far_batch_can_be_measured(fresh: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GROUPCONV_TUNE", "1")
     # As small as a near one.
     monkeypatch.setattr(tuning, "_NEAR", 2**12)
-    assert tuning.tuned(SMALL, 100).tile.ahead
+    found = tuning.tuned(SMALL, 100)
+    assert found is not tuning.tuned(SMALL)
+    assert found.tile in candidates(SMALL, runnable()[0], True, openmp.threads() > 1)
 
 
 @pytest.mark.parametrize(
