@@ -124,7 +124,7 @@ def test_an_entry_that_was_changed_is_not_used(
 def test_a_far_batch_can_be_measured(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUPCONV_TUNE", "1")
     # As small as a near one.
-    monkeypatch.setattr(tuning, "_NEAR", 2**12)
+    monkeypatch.setattr(tuning, "_NEAR", 2**14)
     found = tuning.tuned(SMALL, 100)
     assert found is not tuning.tuned(SMALL)
     assert found.tile in candidates(SMALL, runnable()[0], True, openmp.threads() > 1)
