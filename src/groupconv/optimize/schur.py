@@ -74,6 +74,10 @@ class Regression:
         """``(R, D)``, covariance of the outputs with the inputs."""
         return self.system[:, len(self.system) :].T
 
+    def best(self) -> Tensor:
+        """``(R, D)``: the best map where nothing is cut, T H^-1."""
+        return torch.cholesky_solve(self.t.T, torch.linalg.cholesky(self.h)).T
+
     def rows(self, channels: Sequence[int] | Tensor) -> Tensor:
         """Indices of the inputs of some input channels."""
         return (torch.as_tensor(channels)[:, None] * self.taps + torch.arange(self.taps)).flatten()
@@ -111,8 +115,8 @@ class Regression:
         blocks = self.h.reshape(in_channels, taps, in_channels, taps)
         channels = torch.einsum("atbt->ab", blocks) / taps
         within = torch.einsum("asat->st", blocks) / channels.trace()
-        best = torch.cholesky_solve(self.t.T, torch.linalg.cholesky(self.h)).T
-        return _separable(channels, within, best.reshape(self.out_channels, in_channels, taps))
+        best = self.best().reshape(self.out_channels, in_channels, taps)
+        return _separable(channels, within, best)
 
 
 def scale(moments: Moments) -> float:

@@ -72,10 +72,9 @@ class Search:
     def __init__(self, problem: Regression, seed: int) -> None:
         self.problem, self.seed = problem, seed
         self.reduced = problem if problem.taps == 1 else problem.separable()
-        h, t = self.reduced.h, self.reduced.t
+        h = self.reduced.h
         # Energy of an output through one channel alone.
-        best = torch.cholesky_solve(t.T, torch.linalg.cholesky(h)).T
-        through = best.square() * h.diagonal()
+        through = self.reduced.best().square() * h.diagonal()
         self.energy = through.reshape(problem.out_channels, -1, problem.in_channels).sum(1).numpy()
         deviation = h.diagonal().sqrt()
         self._found: dict[tuple[int, Effort, Order | None, Order | None], Found] = {}
