@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,20 @@ def test_a_far_batch_can_be_measured(fresh: Path, monkeypatch: pytest.MonkeyPatc
     found = tuning.tuned(SMALL, 100)
     assert found is not tuning.tuned(SMALL)
     assert found.tile in candidates(SMALL, runnable()[0], True, openmp.threads() > 1)
+
+
+def test_an_empty_batch_is_tuned_on_an_image(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it chooses is remembered for batches that are not empty."""
+    monkeypatch.setenv("GROUPCONV_TUNE", "1")
+    timed, measure = list[int](), tuning._measure
+
+    def spy(*arguments: Any) -> tuple[bytes, Kernel]:
+        timed.append(arguments[3])
+        return measure(*arguments)
+
+    monkeypatch.setattr(tuning, "_measure", spy)
+    assert tuning.tuned(SMALL, 0) is tuning.tuned(SMALL, 1)
+    assert timed == [1]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> 
     key = (spec, machine, tuning(), distance, openmp.threads() > 1)
     with _lock:
         if key not in _known:
-            _known[key] = _recall(key) or _make(key, min(images, -(-2 * _FAR // _bytes(spec))))
+            # An empty batch would time nothing, and what it chose would be kept for all others.
+            sample = max(1, min(images, -(-2 * _FAR // _bytes(spec))))
+            _known[key] = _recall(key) or _make(key, sample)
         return _known[key]
 
 
@@ -110,7 +112,7 @@ def _measure(
     calls: dict[str, Callable[[], None]] = {}
     single = compiling = 0.0
     for tile in choices:
-        # Each is run twice again, and the next takes about as long to compile as the last.
+        # Each is run five times at least, and the next takes about as long to compile as the last.
         ahead = compiling * (tile.code not in codes) + 5 * single * (len(kernels) + 1)
         started = time.perf_counter()
         if kernels and started - begun + ahead > _BUDGET:
