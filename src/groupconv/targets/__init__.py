@@ -3,9 +3,10 @@
 from groupconv.errors import ArgumentError
 from groupconv.targets.base import Target
 from groupconv.targets.eager import Eager
+from groupconv.targets.native import Native
 from groupconv.targets.table import LatencyTable
 
-_TARGETS = {target.name: target for target in (Eager(),)}
+_TARGETS = {target.name: target for target in (Eager(), Native())}
 
 
 def get_target(name: str) -> Target:
