@@ -3,7 +3,17 @@
 from groupconv import nn
 from groupconv.errors import ArgumentError, BudgetError, DataError, GroupConvError
 from groupconv.nn.explain import Explanation, explain
-from groupconv.optimize import Plan, Profile, Result, load, optimize, profile
+from groupconv.optimize import (
+    Plan,
+    Profile,
+    Result,
+    apply,
+    load,
+    optimize,
+    plan,
+    profile,
+    sweep,
+)
 from groupconv.version import __version__
 
 __all__ = [
@@ -16,9 +26,12 @@ __all__ = [
     "Profile",
     "Result",
     "__version__",
+    "apply",
     "explain",
     "load",
     "nn",
     "optimize",
+    "plan",
     "profile",
+    "sweep",
 ]

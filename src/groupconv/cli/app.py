@@ -1,13 +1,13 @@
 """Puts the verbs together, and turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 the job failed or a budget does not hold, 2 wrong arguments.
+Exit status: 0 done, 1 the job failed or a budget or floor does not hold, 2 wrong arguments.
 """
 
 import sys
 
 import typer
 
-from groupconv.cli import cache, demo, doctor, explain, optimize, profile, trace
+from groupconv.cli import apply, cache, demo, doctor, explain, optimize, plan, profile, trace
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, GroupConvError
 
@@ -22,6 +22,8 @@ app.command()(demo.demo)
 app.command()(profile.profile)
 app.command()(trace.trace)
 app.command()(optimize.optimize)
+app.command()(plan.plan)
+app.command()(apply.apply)
 app.command()(explain.explain)
 app.command()(cache.cache)
 app.command()(doctor.doctor)

@@ -7,7 +7,8 @@ import typer
 
 import groupconv
 from groupconv.cli.console import JsonFlag, show_progress
-from groupconv.cli.optimize import finish
+from groupconv.cli.options import Out, Recover, Seed
+from groupconv.cli.outcome import show_result
 from groupconv.data.sample import fashion_mnist, trained_fashion_resnet
 
 # So many images per call that the arithmetic is timed, not the call.
@@ -15,10 +16,10 @@ _BATCH = 64
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("groupconv-demo"),
+    out: Out = Path("groupconv-demo"),
     budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "55%macs",
-    recover: Annotated[str, typer.Option(help="none, bn, or a time.")] = "40s",
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    recover: Recover = "40s",
+    seed: Seed = 0,
     json: JsonFlag = False,
 ) -> None:
     """Optimize a bundled network, trained on Fashion-MNIST, on its bundled images."""
@@ -36,4 +37,4 @@ def demo(
         batch_size=_BATCH,
         max_images=len(calibration),
     )
-    finish(result.report, out, json)
+    show_result(result.report, out, json)

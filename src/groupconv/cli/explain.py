@@ -1,21 +1,18 @@
 """``groupconv explain``: which implementation runs each convolution, and why the others don't."""
 
-from pathlib import Path
-from typing import Annotated
-
 import torch
-import typer
 
 import groupconv
 from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_model, sizes
+from groupconv.cli.options import ModelArgument, Shape, Weights
 from groupconv.errors import ArgumentError, GroupConvError
 
 
 def explain(
-    model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or file.py:function.")],
-    weights: Annotated[Path | None, typer.Option(help="State dict to load.")] = None,
-    shape: Annotated[str, typer.Option(help="Input shape.")] = "1,3,224,224",
+    model: ModelArgument,
+    weights: Weights = None,
+    shape: Shape = "1,3,224,224",
     json: JsonFlag = False,
 ) -> None:
     """Run a model once and show, for each convolution, what ran it and why."""

@@ -1,4 +1,4 @@
-"""Models as they are named on the command line."""
+"""Models and images as they are named on the command line."""
 
 import importlib.util
 import inspect
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, DataError
 
 _FORMS = '"torchvision:resnet18", "timm:resnet18" or "path/to/file.py:function"'
@@ -41,6 +42,18 @@ def load_model(name: str, weights: Path | None) -> nn.Module:
     if weights is not None:
         _load_weights(model, weights)
     return model.eval()
+
+
+def load_trained(name: str, weights: Path | None) -> nn.Module:
+    """:func:`load_model`, with a word to the user if the weights are random."""
+    if weights is None and ".py:" not in name:
+        people.print(f"{name} has random weights: give its trained ones with --weights")
+    return load_model(name, weights)
+
+
+def load_data(name: str) -> Any:
+    """What ``file.py:function`` returns; the name of a folder or an ``.npz`` as it is."""
+    return load_function(name)() if ".py:" in name else name
 
 
 def load_function(name: str) -> Callable[[], Any]:

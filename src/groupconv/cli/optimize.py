@@ -1,70 +1,74 @@
 """``groupconv optimize``: the whole job on a user's model and images."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import groupconv
-from groupconv.cli.console import JsonFlag, people, print_json, show_progress
-from groupconv.cli.models import load_function, load_model
-from groupconv.report import summary_table
+from groupconv.cli import options as opt
+from groupconv.cli.console import JsonFlag, show_progress
+from groupconv.cli.models import load_data, load_trained
+from groupconv.cli.outcome import check_budgets, check_floor, show_result, show_sweep
+from groupconv.errors import ArgumentError
 
 
 def optimize(
-    model: Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME or file.py:function.")],
-    data: Annotated[
-        str, typer.Option(help="Folder of images, .npz, or file.py:function giving a DataLoader.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the result.")],
-    weights: Annotated[Path | None, typer.Option(help="State dict to load.")] = None,
-    budget: Annotated[
-        str, typer.Option(help="2x, 50%, 12ms, 50%macs, 300Mmacs, 50%params, 1.2Mparams.")
-    ] = "2x",
-    target: Annotated[str, typer.Option(help="Runtime whose time counts.")] = "eager",
-    recover: Annotated[str, typer.Option(help="none, bn, or a time such as 10min.")] = "none",
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Layer or pattern to leave as it is; repeatable.")
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    weights: opt.Weights = None,
+    budget: opt.Budget = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="A sweep, such as 90%,70%,50%: a network for each budget, each in a folder of "
+            "its own, and frontier.html to compare them. Instead of --budget."
+        ),
     ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="Images to report on; default: a fifth of the data.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per call when time is measured.")] = 1,
-    max_images: Annotated[int, typer.Option(help="Calibration images to use.")] = 1024,
-    image_size: Annotated[int, typer.Option(help="Size of a folder's images, in pixels.")] = 224,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    target: opt.Target = "eager",
+    recover: opt.Recover = "none",
+    keep: opt.Keep = None,
+    round_to: opt.RoundTo = 1,
+    min_accuracy: opt.MinAccuracy = None,
+    baselines: opt.Baselines = False,
+    test: opt.Test = None,
+    batch_size: opt.BatchSize = 1,
+    max_images: opt.MaxImages = 1024,
+    image_size: opt.ImageSize = 224,
+    seed: opt.Seed = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Turn a trained CNN into a network of grouped convolutions under a budget."""
+    """Turn a trained CNN into a network of grouped convolutions under a budget, or under each."""
+    if budgets is not None and (budget or min_accuracy is not None):
+        other = "--budget" if budget else "--min-accuracy"
+        raise ArgumentError(
+            f"budgets={budgets!r} asks for a network under each of them and can't go with {other}, "
+            "which is about one network"
+        )
     show_progress()
-    if weights is None and ".py:" not in model:
-        people.print(f"{model} has random weights: give its trained ones with --weights")
-    result = groupconv.optimize(
-        load_model(model, weights),
-        _data(data),
-        budget=budget,
-        target=target,
-        recover=recover,
-        keep=tuple(keep or ()),
-        out=out,
-        seed=seed,
-        test=None if test is None else _data(test),
-        batch_size=batch_size,
-        max_images=max_images,
-        image_size=image_size,
-    )
-    finish(result.report, out, json)
-
-
-def finish(report: dict[str, Any], out: Path, json: bool) -> None:
-    """Print the summary and name the files."""
-    if json:
-        print_json(report)
+    net = load_trained(model, weights)
+    shared: dict[str, Any] = {
+        "target": target,
+        "recover": recover,
+        "keep": keep or opt.DEFAULT_KEEP,
+        "round_to": round_to,
+        "baselines": baselines,
+        "out": out,
+        "seed": seed,
+        "test": None if test is None else load_data(test),
+        "batch_size": batch_size,
+        "max_images": max_images,
+        "image_size": image_size,
+    }
+    if budgets is not None:
+        each = [text.strip() for text in budgets.split(",")]
+        results = groupconv.sweep(net, load_data(data), budgets=each, **shared)
+        show_sweep([result.report for result in results], out, json)
         return
-    people.print(summary_table(report))
-    written = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    people.print(f"written to {out}: {', '.join(written)}", highlight=False, soft_wrap=True)
-
-
-def _data(name: str) -> Any:
-    return load_function(name)() if ".py:" in name else name
+    bounds = budget or opt.DEFAULT_BUDGET
+    result = groupconv.optimize(
+        net, load_data(data), budget=bounds, min_accuracy=min_accuracy, **shared
+    )
+    show_result(result.report, out, json)
+    check_floor(result.report, min_accuracy)
+    check_budgets(net, result, bounds)

@@ -1,6 +1,5 @@
 """``groupconv profile``: what each layer costs."""
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -9,13 +8,14 @@ import typer
 import groupconv
 from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_model, sizes
+from groupconv.cli.options import ModelArgument, Shape, Target, Weights
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or file.py:function.")],
-    weights: Annotated[Path | None, typer.Option(help="State dict to load.")] = None,
-    shape: Annotated[str, typer.Option(help="Input shape.")] = "1,3,224,224",
-    target: Annotated[str, typer.Option(help="Runtime to measure on.")] = "eager",
+    model: ModelArgument,
+    weights: Weights = None,
+    shape: Shape = "1,3,224,224",
+    target: Target = "eager",
     backward: Annotated[bool, typer.Option(help="Count the backward pass too.")] = False,
     latency: Annotated[bool, typer.Option(help="Measure time.")] = True,
     json: JsonFlag = False,

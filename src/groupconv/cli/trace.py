@@ -4,24 +4,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.table import Table
 
 from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_model, sizes
+from groupconv.cli.options import ModelArgument, Shape, Weights
 from groupconv.optimize.spaces import Axis
 from groupconv.optimize.trace import Trace
 from groupconv.optimize.trace import trace as trace_model
 
 
 def trace(
-    model: Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or file.py:function.")],
-    weights: Annotated[Path | None, typer.Option(help="State dict to load.")] = None,
-    shape: Annotated[str, typer.Option(help="Input shape.")] = "1,3,224,224",
+    model: ModelArgument,
+    weights: Weights = None,
+    shape: Shape = "1,3,224,224",
     json: JsonFlag = False,
 ) -> None:
     """Show every convolution, what follows it, and which channels may change places."""

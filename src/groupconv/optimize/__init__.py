@@ -1,7 +1,8 @@
 """The optimizer: which layers, how many groups, which channels, what weights."""
 
 from groupconv.optimize.cost import Profile, profile
-from groupconv.optimize.pipeline import Result, optimize
+from groupconv.optimize.finish import Result
+from groupconv.optimize.pipeline import apply, optimize, plan, sweep
 from groupconv.optimize.plan import Plan, load
 
-__all__ = ["Plan", "Profile", "Result", "load", "optimize", "profile"]
+__all__ = ["Plan", "Profile", "Result", "apply", "load", "optimize", "plan", "profile", "sweep"]

@@ -4,125 +4,131 @@ The times of layers do not quite add up to the time of the network, so the budge
 program is corrected until the network as a whole holds it.
 """
 
-import hashlib
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from groupconv.errors import BudgetError
 from groupconv.optimize.budget import Budget
-from groupconv.optimize.convert import Converted, convert
-from groupconv.optimize.partition import Partition
-from groupconv.optimize.plan import Plan
-from groupconv.optimize.select import select
-from groupconv.optimize.structure import Candidate, Menu, settle
-from groupconv.optimize.trace import Trace
+from groupconv.optimize.convert import convert
+from groupconv.optimize.menu import Candidate
+from groupconv.optimize.select import Bound, select
+from groupconv.optimize.settle import sketch
+from groupconv.optimize.structure import DENSE, macs, weights
+from groupconv.optimize.survey import Survey
+from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.timing import Timing
 
 log = logging.getLogger(__name__)
 
 _SOLVES = 6
+# The error of the output that all the time of the layers is worth: it decides between structures
+# that lose nearly the same.
+_WORTH_OF_TIME = 1e-3
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A selection and the network that it makes, its weights cut but not yet refitted.
+class Decision:
+    """What stands in place of one layer, and why.
 
     Args:
-        chosen: layer name to its candidate.
-        times: layer name to measured seconds, dense and as chosen.
-        converted: the network.
-        plan: the same for people.
+        candidate: of the layer's menu.
+        seconds: measured, dense and as chosen.
+        error: predicted error of the network's output, see :class:`Sensitivity`.
+        why: for people.
     """
 
-    chosen: dict[str, Candidate]
-    times: dict[str, tuple[float, float]]
-    converted: Converted
-    plan: Plan
+    candidate: Candidate
+    seconds: tuple[float, float]
+    error: float
+    why: str
+
+
+Latency = Callable[[nn.Module, str], tuple[Timing, Timing]]
 
 
 def choose(
     model: nn.Module,
     mapped: Trace,
-    menus: Mapping[str, Menu],
-    times: Mapping[str, list[float]],
-    budget: Budget,
-    latency: Callable[[nn.Module, str], tuple[Timing, Timing]],
+    survey: Survey,
+    budgets: Sequence[Budget],
+    latency: Latency,
     *,
-    target: str,
-    seed: int,
     macs: int,
-) -> Choice:
-    """The structures that lose least within the budget.
+) -> dict[str, Decision]:
+    """The structures that lose least within the budgets.
 
     Args:
         model, mapped: the original network and its trace.
-        menus, times: candidates of every layer, and their measured seconds.
-        budget: bound on the whole network.
-        latency: times the original and another network, the latter under a name for its plan, in
-            one interleaved run.
-        target, seed: for the plan.
+        survey: what is known of its layers.
+        budgets: bounds on the whole network, all to be held.
+        latency: times the original and another network, the latter under a name for what was
+            chosen, in one interleaved run.
         macs: of the original network, for one image.
 
+    Returns:
+        layer name to what was decided, dense layers too.
+
     Raises:
-        BudgetError: nothing on the menus meets the budget.
+        BudgetError: nothing on the menus meets the budgets.
     """
-    allowed, refused = _not_slower(menus, times)
     whole = {
         "latency": lambda: latency(model, "unchanged")[0].median,
         "macs": lambda: float(macs),
         "params": lambda: float(sum(p.numel() for p in model.parameters())),
-    }[budget.quantity]()
-    costs = {
-        name: [
-            _cost(budget, c, seconds) for c, seconds in zip(m.candidates, times[name], strict=True)
-        ]
-        for name, m in menus.items()
+        "size": lambda: float(sum(t.numel() * t.element_size() for t in _tensors(model))),
     }
-    bound = budget.bound(whole)
-    rest = whole - sum(cost[0] for cost in costs.values())
-    cheapest = rest + sum(min(costs[name][i] for i in allowed[name]) for name in menus)
-    if budget.quantity != "latency" and cheapest > bound:
-        log.warning("budget=%r needs layers that measure slower than dense", budget.text)
-        allowed = {name: list(range(len(menu.candidates))) for name, menu in menus.items()}
+    needs = {budget.quantity: whole[budget.quantity]() for budget in budgets}
+    costs = {budget.quantity: _costs(budget.quantity, model, mapped, survey) for budget in budgets}
+    rest = {
+        quantity: needs[quantity] - sum(cost[0] for cost in costs[quantity].values())
+        for quantity in needs
+    }
+    most = {budget.quantity: budget.bound(needs[budget.quantity]) for budget in budgets}
+    allowed, refused = _not_slower(survey)
+    if any(
+        rest[q] + sum(min(costs[q][n][i] for i in allowed[n]) for n in allowed) > most[q]
+        for q in needs.keys() - {"latency"}
+    ):
+        log.warning("the budget needs layers that measure slower than dense")
+        allowed, refused = {name: list(range(len(menu))) for name, menu in survey.menus.items()}, {}
+    losses = {name: [_loss(survey, name, i) for i in allowed[name]] for name in allowed}
     correction = 1.0
     for solve in range(1, _SOLVES + 1):
-        try:
-            picked = select(
-                {n: [menus[n].candidates[i].loss for i in allowed[n]] for n in menus},
-                {n: [costs[n][i] for i in allowed[n]] for n in menus},
-                bound * correction - rest,
+        bounds = [
+            Bound(
+                q,
+                {name: [costs[q][name][i] for i in allowed[name]] for name in allowed},
+                most[q] * (correction if q == "latency" else 1.0) - rest[q],
             )
+            for q in needs
+        ]
+        try:
+            picked = {n: allowed[n][i] for n, i in select(losses, bounds).items()}
         except BudgetError as error:
-            raise BudgetError(
-                f"budget={budget.text!r}: {_amount(budget, bound)} can't be met; "
-                f"the network needs {_amount(budget, whole)} now, of which "
-                f"{_amount(budget, rest)} outside the layers that can change ({error})"
-            ) from error
-        chosen = {n: menus[n].candidates[allowed[n][i]] for n, i in picked.items()}
-        taken = {n: (times[n][0], times[n][allowed[n][i]]) for n, i in picked.items()}
-        partitions = settle(mapped, menus, chosen)
-        reasons = {n: _why(chosen[n], taken[n], refused.get(n)) for n in chosen}
-        plan = Plan(partitions, reasons, budget.text, target, seed)
-        choice = Choice(chosen, taken, convert(model, mapped, partitions), plan)
-        if budget.quantity != "latency" or not partitions:
-            return choice
-        before, after = latency(choice.converted.model, _fingerprint(partitions))
+            raise BudgetError(_unmet(budgets, needs, rest, most, error)) from error
+        decisions = _decided(survey, picked, refused)
+        chosen = {name: decision.candidate for name, decision in decisions.items()}
+        changed = sketch(mapped, chosen)
+        if "latency" not in needs or not changed:
+            return decisions
+        name = " ".join(f"{n}:{c}" for n, c in chosen.items() if c.structure != DENSE)
+        before, after = latency(convert(model, mapped, changed).model, name)
         # A relative budget is held against the original in the same run.
+        (budget,) = (budget for budget in budgets if budget.quantity == "latency")
         allowance = budget.bound(before.median)
         log.info(
-            "solve %d: %d layers grouped, predicted %.3f ms, measured %.3f ms of %.3f ms",
+            "solve %d: %d layers changed, predicted %.3f ms, measured %.3f ms of %.3f ms",
             solve,
-            len(partitions),
-            1e3 * (rest + sum(after for _, after in taken.values())),
+            len(changed),
+            1e3 * (rest["latency"] + sum(d.seconds[1] for d in decisions.values())),
             1e3 * after.median,
             1e3 * allowance,
         )
         if after.median <= allowance:
-            return choice
+            return decisions
         correction *= 0.98 * allowance / after.median
     raise BudgetError(
         f"budget={budget.text!r}: after {_SOLVES} corrections the network still takes "
@@ -130,54 +136,96 @@ def choose(
     )
 
 
-def _fingerprint(partitions: Mapping[str, Partition]) -> str:
-    return hashlib.sha256(repr(partitions).encode()).hexdigest()[:16]
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
-def _cost(budget: Budget, candidate: Candidate, seconds: float) -> float:
-    """What a candidate takes of the budget, in the budget's unit."""
-    if budget.quantity == "latency":
-        return seconds
-    if budget.quantity == "params":
-        return math.prod(candidate.spec.weight_shape)
-    return candidate.spec.macs / candidate.spec.batch
+def _costs(
+    quantity: str, model: nn.Module, mapped: Trace, survey: Survey
+) -> dict[str, list[float]]:
+    """What every candidate takes of a quantity, in its unit."""
+    if quantity == "latency":
+        return {name: list(times) for name, times in survey.times.items()}
+    convs = {conv.name: conv for conv in mapped.convs}
+    result: dict[str, list[float]] = {}
+    for name, menu in survey.menus.items():
+        conv, layer = convs[name], model.get_submodule(name)
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        if quantity == "macs":
+            result[name] = [float(macs(c.structure, conv.spec)) for c in menu]
+        else:
+            each = layer.weight.element_size() if quantity == "size" else 1
+            result[name] = [float(each * _numbers(c, conv, layer)) for c in menu]
+    return result
 
 
-def _not_slower(
-    menus: Mapping[str, Menu], times: Mapping[str, list[float]]
-) -> tuple[dict[str, list[int]], dict[str, str]]:
+def _numbers(candidate: Candidate, conv: TracedConv, layer: nn.modules.conv._ConvNd) -> int:
+    """Weights and biases; what is cut needs a bias where no batch norm can take its mean."""
+    biased = layer.bias is not None or (candidate.structure != DENSE and conv.batch_norm is None)
+    return weights(candidate.structure, conv.spec) + biased * conv.spec.out_channels
+
+
+def _loss(survey: Survey, name: str, index: int) -> float:
+    everything = sum(times[0] for times in survey.times.values())
+    share = survey.times[name][index] / everything
+    return survey.error(name, index) + _WORTH_OF_TIME * share
+
+
+def _not_slower(survey: Survey) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Indices of the candidates that measure faster than dense, and what was refused."""
     allowed, refused = {}, {}
-    for name, layer in menus.items():
-        dense = times[name][0]
-        slower = [i for i in range(1, len(layer.candidates)) if times[name][i] >= dense]
-        allowed[name] = [i for i in range(len(layer.candidates)) if i not in slower]
+    for name, menu in survey.menus.items():
+        times = survey.times[name]
+        slower = [i for i in range(1, len(menu)) if times[i] >= times[0]]
+        allowed[name] = [i for i in range(len(menu)) if i not in slower]
         if slower:
             refused[name] = "not faster than dense: " + ", ".join(
-                f"groups={layer.candidates[i].spec.groups}"
-                f"{' permuted' * layer.candidates[i].permuted} {1e3 * times[name][i]:.3f} ms"
-                for i in slower
+                f"{menu[i]} {1e3 * times[i]:.3f} ms" for i in slower
             )
     return allowed, refused
 
 
-def _why(choice: Candidate, taken: tuple[float, float], refused: str | None) -> str:
-    before, after = (1e3 * t for t in taken)
-    if choice.spec.groups == 1:
+def _decided(
+    survey: Survey, picked: Mapping[str, int], refused: Mapping[str, str]
+) -> dict[str, Decision]:
+    decisions = {}
+    for name, index in picked.items():
+        candidate, times = survey.menus[name][index], survey.times[name]
+        seconds, error = (times[0], times[index]), survey.error(name, index)
+        why = _why(candidate, seconds, error, refused.get(name))
+        decisions[name] = Decision(candidate, seconds, error, why)
+    return decisions
+
+
+def _why(choice: Candidate, seconds: tuple[float, float], error: float, refused: str | None) -> str:
+    before, after = (1e3 * t for t in seconds)
+    if choice.structure == DENSE:
         said = f"dense, {before:.3f} ms: within the budget its accuracy is worth more than its time"
     else:
         said = (
-            f"groups={choice.spec.groups}{' permuted' * choice.permuted}: "
-            f"{after:.3f} ms instead of {before:.3f} ms, predicted loss {choice.loss:.4f} "
-            f"of the layer's variance, channels "
-            + ("in given order" if choice.start == "identity" else f"found from {choice.start}")
+            f"{choice}: {after:.3f} ms instead of {before:.3f} ms, predicted loss "
+            f"{choice.loss:.4f} of the layer's variance, {error:.4f} of the output's"
         )
+        if choice.start:
+            said += ", channels " + (
+                "in given order" if choice.start == "identity" else f"found from {choice.start}"
+            )
     if after > before:
         said += "; slower than dense, but the budget needs it"
     return said if refused is None else f"{said}; {refused}"
 
 
-def _amount(budget: Budget, value: float) -> str:
-    if budget.quantity == "latency":
-        return f"{1e3 * value:.3f} ms"
-    return f"{value / 1e6:.3f} M {budget.quantity}"
+def _unmet(
+    budgets: Sequence[Budget],
+    needs: Mapping[str, float],
+    rest: Mapping[str, float],
+    most: Mapping[str, float],
+    error: BudgetError,
+) -> str:
+    parts = [
+        f"budget={b.text!r}: {b.amount_text(most[b.quantity])} can't be met; the network needs "
+        f"{b.amount_text(needs[b.quantity])} now, of which {b.amount_text(rest[b.quantity])} "
+        "outside the layers that can change"
+        for b in budgets
+    ]
+    return f"{'; '.join(parts)} ({error})"

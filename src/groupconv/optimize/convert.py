@@ -1,4 +1,4 @@
-"""A choice of partitions applied to a model: an edited copy, its permutations absorbed.
+"""A choice of structures applied to a model: an edited copy, its permutations absorbed.
 
 Each space of channels (see :mod:`groupconv.optimize.spaces`) takes the order of the first planned
 layer that touches it; every weight and batch norm on the space is reordered once, at no cost when
@@ -9,19 +9,23 @@ the network runs. Only a layer whose channels can't be brought where it wants th
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from groupconv.errors import DataError
-from groupconv.kernels.spec import check_groups
+from groupconv.errors import ArgumentError, DataError
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.fold import reorder
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.structure import Grouped, Structure, from_dict, to_dict
 from groupconv.optimize.trace import Trace, TracedConv
+
+# What stands in place of a layer: a grouped convolution with the channels of its groups, or another
+# structure, which takes the channels as they come.
+Settled = Partition | Structure
 
 
 @dataclass(frozen=True)
@@ -29,24 +33,25 @@ class Edit:
     """What stands in place of one convolution.
 
     Args:
-        groups: of the new convolution.
+        structure: of what stands there.
         bias: whether it has a bias.
         order_in, order_out: explicit permutation before and after it, or None.
     """
 
-    groups: int
+    structure: Structure
     bias: bool
     order_in: tuple[int, ...] | None = None
     order_out: tuple[int, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        orders = {"order_in": self.order_in, "order_out": self.order_out}
+        return {**to_dict(self.structure), "bias": self.bias, **orders}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Edit":
         orders = (values.get("order_in"), values.get("order_out"))
         return cls(
-            int(values["groups"]),
+            from_dict(values),
             bool(values["bias"]),
             *(None if order is None else tuple(int(i) for i in order) for order in orders),
         )
@@ -54,12 +59,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class Placed:
-    """A planned layer in the converted network.
+    """A convolution of the original network in the converted one.
 
     Args:
         conv: the traced layer of the original network.
-        module: name of the new convolution, ``name`` or ``name.conv``.
-        channels_in, channels_out: original channel at each position of its input and output.
+        module: name of the new convolution, ``name`` or ``name.conv``; of a pair the first.
+        channels_in, channels_out: original channel at each position of its input and output; of
+            a pair, the output of the second.
     """
 
     conv: TracedConv
@@ -70,11 +76,22 @@ class Placed:
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted copy of a network, the edits that made it, and where each layer went."""
+    """A converted copy of a network.
+
+    Args:
+        model: the copy.
+        edits: layer name to what stands there now.
+        convs: every traced convolution, changed or not, in the order in which they run.
+    """
 
     model: nn.Module
     edits: dict[str, Edit]
-    placed: tuple[Placed, ...]
+    convs: tuple[Placed, ...]
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """Those that were changed."""
+        return tuple(where for where in self.convs if where.conv.name in self.edits)
 
     @property
     def permutations(self) -> tuple[str, ...]:
@@ -88,70 +105,100 @@ class Converted:
 
 
 @torch.no_grad()
-def convert(model: nn.Module, trace: Trace, partitions: Mapping[str, Partition]) -> Converted:
-    """Cut the planned layers into groups; weights are those of the original, cut, not refitted.
+def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Converted:
+    """Put structures in place of layers, not refitted yet.
+
+    Grouped convolutions hold the weights of the original that they keep; others hold zeros.
 
     Args:
         model: left as it was.
         trace: of the model.
-        partitions: layer name to partition; earlier entries claim the order of a space first.
+        layers: layer name to what stands there; earlier entries claim the order of a space first.
 
     Raises:
-        ArgumentError: a partition does not divide its layer's channels.
-        DataError: a name is not a traced dense convolution.
+        DataError: names that are not traced dense convolutions, or structures that do not divide
+            their channels.
     """
+    check(trace, layers)
     convs = {conv.name: conv for conv in trace.convs}
-    for name, partition in partitions.items():
-        if name not in convs:
-            reason = trace.skipped.get(name, "no such convolution")
-            raise DataError(f"plan: layer {name!r} can't be converted: {reason}")
-        spec = convs[name].spec
-        if spec.groups != 1:
-            raise DataError(f"plan: layer {name!r} already has groups={spec.groups}")
-        check_groups(f"plan: {name}", spec.in_channels, spec.out_channels, partition.groups)
-        listed = (len(partition.in_order), len(partition.out_order))
-        if listed != (spec.in_channels, spec.out_channels):
-            raise DataError(
-                f"plan: {name}: {listed[0]} input and {listed[1]} output channels listed; the "
-                f"layer has {spec.in_channels} and {spec.out_channels}"
-            )
     orders = Orders(trace.spaces)
-    settled = {name: orders.place(convs[name], p) for name, p in partitions.items()}
+    settled = {
+        name: orders.place(convs[name], partition)
+        for name, partition in layers.items()
+        if isinstance(partition, Partition)
+    }
     net = copy.deepcopy(model)
     reorder(net, trace.members, orders.orders)
     edits, placed = {}, []
     for conv in trace.convs:
-        if conv.name not in partitions:
-            continue
-        partition, absorbed_in, absorbed_out = settled[conv.name]
         before, after = orders.channels(conv.inputs), orders.channels(conv.outputs)
+        if conv.name not in layers:
+            placed.append(Placed(conv, conv.name, before, after))
+            continue
         order_in = order_out = None
         channels_in, channels_out = before, after
-        if not absorbed_in:
-            channels_in = partition.in_order
-            order_in = _positions(before, channels_in)
-        if not absorbed_out:
-            channels_out = partition.out_order
-            order_out = _positions(channels_out, after)
+        if conv.name in settled:
+            partition, absorbed_in, absorbed_out = settled[conv.name]
+            if not absorbed_in:
+                channels_in = partition.in_order
+                order_in = _positions(before, channels_in)
+            if not absorbed_out:
+                channels_out = partition.out_order
+                order_out = _positions(channels_out, after)
         dense = model.get_submodule(conv.name)
         assert isinstance(dense, nn.modules.conv._ConvNd)
         # Without a batch norm to take it, the refit needs a bias for the mean of what is lost.
         bias = dense.bias is not None or conv.batch_norm is None
-        edit = Edit(partition.groups, bias, order_in, order_out)
+        edit = Edit(structure_of(layers[conv.name]), bias, order_in, order_out)
         edits[conv.name] = edit
         apply_edits(net, {conv.name: edit})
-        split = order_in is not None or order_out is not None
+        split = isinstance(net.get_submodule(conv.name), nn.Sequential)
         where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out)
-        _cut(dense, net.get_submodule(where.module), where, partition.groups)
+        if isinstance(edit.structure, Grouped):
+            _cut(dense, net.get_submodule(where.module), where, edit.structure.groups)
         placed.append(where)
     return Converted(net, edits, tuple(placed))
 
 
+def structure_of(settled: Settled) -> Structure:
+    """What stands in place of a layer, whatever the channels of its groups."""
+    return Grouped(settled.groups) if isinstance(settled, Partition) else settled
+
+
+def check(trace: Trace, layers: Mapping[str, Settled]) -> None:
+    """Raise DataError naming every layer that can't be converted as asked, and why."""
+    wrong = []
+    convs = {conv.name: conv for conv in trace.convs}
+    for name, settled in layers.items():
+        if name not in convs:
+            reason = trace.skipped.get(name, "no such convolution")
+            wrong.append(f"layer {name!r} can't be converted: {reason}")
+            continue
+        spec = convs[name].spec
+        if spec.groups != 1:
+            wrong.append(f"layer {name!r} already has groups={spec.groups}")
+            continue
+        try:
+            structure_of(settled).check(name, spec.in_channels, spec.out_channels)
+        except ArgumentError as error:
+            wrong.append(str(error))
+            continue
+        if isinstance(settled, Partition):
+            listed = (len(settled.in_order), len(settled.out_order))
+            if listed != (spec.in_channels, spec.out_channels):
+                wrong.append(
+                    f"{name}: {listed[0]} input and {listed[1]} output channels listed; the "
+                    f"layer has {spec.in_channels} and {spec.out_channels}"
+                )
+    if wrong:
+        raise DataError("plan: " + "; ".join(wrong))
+
+
 def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
-    """Cut the edited layers in place; the convolutions have no weights yet.
+    """Put the edited structures in place; their convolutions have no weights yet.
 
     Raises:
-        DataError: a layer is missing or is not a convolution that can be cut so.
+        DataError: a layer is missing or is not a convolution that can be replaced so.
     """
     for name, edit in edits.items():
         try:
@@ -162,40 +209,23 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
             raise DataError(
                 f"layer {name!r} is a {type(old).__name__}; the plan expects a convolution"
             )
-        check_groups(name, old.in_channels, old.out_channels, edit.groups)
-        _regroup(old, edit)
-        if edit.order_in is not None or edit.order_out is not None:
-            model.set_submodule(name, _between(old, edit))
-
-
-def _regroup(conv: nn.modules.conv._ConvNd, edit: Edit) -> None:
-    """Give a convolution its groups, in place: all else that a user set stays as it is."""
-    weight, layout = conv.weight, torch.contiguous_format
-    if weight.ndim == 4 and not weight.is_contiguous():
-        layout = torch.channels_last
-    size = (conv.out_channels, conv.in_channels // edit.groups, *conv.kernel_size)
-    fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-    conv.groups = edit.groups
-    conv.weight = nn.Parameter(fresh.contiguous(memory_format=layout), weight.requires_grad)
-    if edit.bias and conv.bias is None:
-        bias = torch.zeros(conv.out_channels, dtype=weight.dtype, device=weight.device)
-        conv.bias = nn.Parameter(bias, weight.requires_grad)
-
-
-def _between(conv: nn.Module, edit: Edit) -> nn.Sequential:
-    """The convolution between its permutations; hooks see the channels as they did before."""
-    steps: OrderedDict[str, nn.Module] = OrderedDict()
-    if edit.order_in is not None:
-        steps["order_in"] = ChannelPermutation(edit.order_in)
-    steps["conv"] = conv
-    if edit.order_out is not None:
-        steps["order_out"] = ChannelPermutation(edit.order_out)
-    device = next(conv.parameters()).device
-    new = nn.Sequential(steps).to(device).train(conv.training)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        setattr(new, hooks, getattr(conv, hooks))
-        setattr(conv, hooks, OrderedDict())
-    return new
+        edit.structure.check(name, old.in_channels, old.out_channels)
+        hooks = {key: getattr(old, key) for key in ("_forward_hooks", "_forward_pre_hooks")}
+        steps = edit.structure.build(old, edit.bias)
+        if edit.order_in is not None:
+            steps["order_in"] = ChannelPermutation(edit.order_in)
+            steps.move_to_end("order_in", last=False)
+        if edit.order_out is not None:
+            steps["order_out"] = ChannelPermutation(edit.order_out)
+        if len(steps) == 1:
+            continue
+        device = next(old.parameters()).device
+        new = nn.Sequential(steps).to(device).train(old.training)
+        # Hooks see the channels as they did before.
+        for key, registered in hooks.items():
+            setattr(old, key, OrderedDict())
+            setattr(new, key, registered)
+        model.set_submodule(name, new)
 
 
 def _cut(dense: nn.modules.conv._ConvNd, conv: nn.Module, where: Placed, groups: int) -> None:

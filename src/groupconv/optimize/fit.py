@@ -13,7 +13,7 @@ from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import RIDGE, scale
 
 # Ridges to choose from by the loss on held-out images, relative to the mean variance of an input.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)

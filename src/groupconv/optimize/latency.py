@@ -1,52 +1,61 @@
 """Measured time of every candidate of a layer, against the dense layer in the same run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from groupconv.kernels.spec import ConvSpec
+from groupconv.kernels.spec import ConvSpec, same_padding
 from groupconv.nn import ChannelPermutation
-from groupconv.optimize.structure import Candidate, Menu
+from groupconv.optimize.structure import Structure
+from groupconv.optimize.trace import TracedConv
 from groupconv.targets import LatencyTable, Target
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PADS: tuple[Callable[..., nn.Module], ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _SECONDS = 0.1
+
+# A structure, and whether an explicit permutation stands before and after it.
+Timed = tuple[Structure, bool, bool]
 
 
 def layer_times(
-    menus: Mapping[str, Menu], target: Target, table: LatencyTable, batch: int
+    layers: Mapping[str, tuple[TracedConv, Sequence[Timed]]],
+    target: Target,
+    table: LatencyTable,
+    batch: int,
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate, for ``batch`` images per call.
+    """Seconds of structures in place of layers, for ``batch`` images per call.
 
     Args:
-        menus: by layer.
+        layers: name to the layer and what may stand in its place; those of one layer are timed in
+            one run.
         target: runtime to measure on.
         table: of times known already; grows.
         batch: images per call.
 
     Returns:
-        layer name to one time per candidate, explicit permutations included.
+        layer name to one time per structure, explicit permutations included.
     """
     return {
-        name: _menu_times([_at_batch(c, batch) for c in menu.candidates], target, table)
-        for name, menu in menus.items()
+        name: _times(replace(conv.spec, batch=batch), structures, target, table)
+        for name, (conv, structures) in layers.items()
     }
 
 
-def _menu_times(candidates: list[Candidate], target: Target, table: LatencyTable) -> list[float]:
-    dense = candidates[0].spec
+def _times(
+    dense: ConvSpec, structures: Sequence[Timed], target: Target, table: LatencyTable
+) -> list[float]:
     builds: dict[str, Callable[[], Callable[[], object]]] = {}
     parts: list[list[str]] = []
-    for candidate in candidates:
-        spec = candidate.spec
-        key = f"{target.name} {_describe(spec)}"
-        builds[key] = lambda spec=spec: _build_conv(target, spec)  # type: ignore[misc]
+    for structure, permute_in, permute_out in structures:
+        key = f"{target.name} {_describe(dense)} {structure}"
+        builds[key] = lambda structure=structure: _build(target, dense, structure)  # type: ignore[misc]
         used = [key]
         for wanted, channels, size in (
-            (candidate.permute_in, dense.in_channels, dense.input_size),
-            (candidate.permute_out, dense.out_channels, dense.output_size),
+            (permute_in, dense.in_channels, dense.input_size),
+            (permute_out, dense.out_channels, dense.output_size),
         ):
             if wanted:
                 shape = (dense.batch, channels, *size)
@@ -58,20 +67,31 @@ def _menu_times(candidates: list[Candidate], target: Target, table: LatencyTable
     return [sum(times[key].median for key in used) for used in parts]
 
 
-def _build_conv(target: Target, spec: ConvSpec) -> Callable[[], object]:
-    # Only padding="same" with an even kernel pads the two ends unequally.
-    uneven = any(before != after for before, after in spec.padding)
-    conv = _CONVS[len(spec.input_size) - 1](
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,  # type: ignore[arg-type]
-        stride=spec.stride,  # type: ignore[arg-type]
-        padding="same" if uneven else [a for a, _ in spec.padding],  # type: ignore[arg-type]
-        dilation=spec.dilation,  # type: ignore[arg-type]
-        groups=spec.groups,
+def _build(target: Target, dense: ConvSpec, structure: Structure) -> Callable[[], object]:
+    kind = len(dense.input_size) - 1
+    padding, rest = dense.even_padding
+    keeps_size = list(dense.padding) == same_padding(dense.kernel_size, dense.dilation)
+    same = any(rest) and keeps_size and max(dense.stride) == 1
+    conv = nn.utils.skip_init(
+        _CONVS[kind],
+        dense.in_channels,
+        dense.out_channels,
+        dense.kernel_size,
+        stride=dense.stride,
+        padding="same" if same else padding,
+        dilation=dense.dilation,
     )
-    x = torch.randn(spec.batch, spec.in_channels, *spec.input_size)
-    return target.build(conv.eval(), (x,))
+    assert isinstance(conv, nn.modules.conv._ConvNd)
+    steps = structure.build(conv, bias=True)
+    if any(rest) and not same:
+        # As the layers do that pad to the size that TensorFlow's "same" gives.
+        steps["pad"] = _PADS[kind](tuple(rest), 0.0)
+        steps.move_to_end("pad", last=False)
+    net = nn.Sequential(steps)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.01)
+    x = torch.randn(dense.batch, dense.in_channels, *dense.input_size)
+    return target.build((net if len(net) > 1 else net[0]).eval(), (x,))
 
 
 def _build_permutation(target: Target, shape: tuple[int, ...]) -> Callable[[], object]:
@@ -80,16 +100,12 @@ def _build_permutation(target: Target, shape: tuple[int, ...]) -> Callable[[], o
     return target.build(permutation, (torch.randn(shape),))
 
 
-def _at_batch(candidate: Candidate, batch: int) -> Candidate:
-    return replace(candidate, spec=replace(candidate.spec, batch=batch))
-
-
 def _describe(spec: ConvSpec) -> str:
     def numbers(values: tuple[int, ...]) -> str:
         return "x".join(map(str, values))
 
     return (
         f"conv {spec.in_channels}->{spec.out_channels} k{numbers(spec.kernel_size)} "
-        f"s{numbers(spec.stride)} p{numbers(tuple(a for a, _ in spec.padding))} "
-        f"d{numbers(spec.dilation)} g{spec.groups} @{spec.batch}x{numbers(spec.input_size)}"
+        f"s{numbers(spec.stride)} p{numbers(tuple(n for ends in spec.padding for n in ends))} "
+        f"d{numbers(spec.dilation)} @{spec.batch}x{numbers(spec.input_size)}"
     )

@@ -1,7 +1,8 @@
 """Second moments of layers, streamed: never more in memory than the sums and one batch."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,42 @@ from groupconv.optimize.covariance import (
 )
 from groupconv.optimize.trace import TracedConv
 
+# Outputs of the original kept in memory at once.
+_TARGETS_BYTES = 1 << 29
+
 # Inputs per position, D, up to which their covariance is kept whole: 170 MB in float64.
 EXACT = 4_608
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Where positions are taken from.
+
+    Args:
+        batches: makes the batches of images ``(N, C, H, W)``, in the same order on every call.
+        images: how many images there are in them.
+        max_positions: to sample of each layer, spread evenly over the images.
+        seed: of the choice.
+    """
+
+    batches: Callable[[], Iterable[Tensor]]
+    images: int
+    max_positions: int
+    seed: int
+
+    def places(self, number: int, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Positions of a batch, the same whenever they are asked for.
+
+        Args:
+            number: of the batch.
+            shape: of the tensor, ``(N, C, *size)``.
+
+        Returns:
+            The image, and the position on each axis, of shape ``(P,)`` each.
+        """
+        generator = torch.Generator().manual_seed((self.seed << 20) + number)
+        count = math.ceil(self.max_positions * shape[0] / self.images)
+        return _places(shape, count, generator)
 
 
 class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its job
@@ -26,21 +61,31 @@ class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass t
 
 
 @torch.no_grad()
-def capture(
-    model: nn.Module, names: Sequence[str], batch: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of the named modules in one forward pass, which stops at the last."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def visit(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: Tensor,
+    see: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """One forward pass, which stops after the last of some modules.
 
-    def keep(name: str, output: Tensor, args: tuple[Tensor, ...]) -> None:
-        # Clone: an activation in place would overwrite the output.
-        seen[name] = (args[0].clone(), output.clone())
-        if len(seen) == len(names):
+    Args:
+        model: in evaluation mode.
+        names: of modules that are called once.
+        batch: ``(N, C, H, W)``.
+        see: takes a module's name, input and output, before anything can change them.
+    """
+    left = set(names)
+
+    def hook(name: str, output: Tensor, args: tuple[Tensor, ...]) -> None:
+        see(name, args[0], output)
+        left.discard(name)
+        if not left:
             raise Reached
 
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: keep(name, output, args)
+            lambda module, args, output, name=name: hook(name, output, args)
         )
         for name in names
     ]
@@ -51,7 +96,6 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def sample(
@@ -73,14 +117,31 @@ def sample(
     Raises:
         ArgumentError: the convolution is a transposed one.
     """
+    place = _places(y.shape, positions, generator)
+    return _inputs_at(spec, x, tuple(y.shape[2:]), place), _outputs_at(y, place), place[0]
+
+
+def _places(shape: Sequence[int], positions: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Image and position on each axis, of some or all positions of a tensor ``(N, C, *size)``."""
+    count, _, *size = shape
+    total = count * math.prod(size)
+    if positions < total:
+        flat = torch.randperm(total, generator=generator)[:positions]
+    else:
+        flat = torch.arange(total)
+    return torch.unravel_index(flat, (count, *size))
+
+
+def _inputs_at(
+    spec: ConvSpec, x: Tensor, out_size: tuple[int, ...], place: tuple[Tensor, ...]
+) -> Tensor:
+    """``(P, C_in * prod(k))``: what a convolution sees at some positions of its output."""
     if spec.transposed:
         raise ArgumentError(
             f"moments: transposed=True ({spec.in_channels} -> {spec.out_channels} channels): "
             "only convolutions that are not transposed can be fitted"
         )
     x = F.pad(x, [n for pair in reversed(spec.padding) for n in pair])
-    out_size = tuple(y.shape[2:])
-    dims = len(out_size)
     spatial = x.stride()[2:]
     windows = x.as_strided(
         (*x.shape[:2], *out_size, *spec.kernel_size),
@@ -90,39 +151,71 @@ def sample(
             *(a * d for a, d in zip(spatial, spec.dilation, strict=True)),
         ),
     )
-    total = len(x) * math.prod(out_size)
-    if positions < total:
-        flat = torch.randperm(total, generator=generator)[:positions]
-    else:
-        flat = torch.arange(total)
-    image, *place = torch.unravel_index(flat, (len(x), *out_size))
     # Channels last, so that one index picks all channels of a position.
-    picked = windows.movedim(1, dims + 1)[(image, *place)]
-    return picked.flatten(1), y.movedim(1, -1)[(image, *place)], image
+    return windows.movedim(1, len(out_size) + 1)[place].flatten(1)
+
+
+def _outputs_at(y: Tensor, place: tuple[Tensor, ...]) -> Tensor:
+    """``(P, C_out)``."""
+    return y.movedim(1, -1)[place]
+
+
+class Targets:
+    """The original network's outputs at the sampled positions, read for several layers at once.
+
+    Args:
+        original: in evaluation mode.
+        convs: its layers, in the order in which they will be asked for.
+        sampling: of the calibration images.
+    """
+
+    def __init__(
+        self, original: nn.Module, convs: Sequence[TracedConv], sampling: Sampling
+    ) -> None:
+        self.original, self.convs, self.sampling = original, list(convs), sampling
+        self._known: dict[str, list[Tensor]] = {}
+
+    def of(self, name: str) -> list[Tensor]:
+        """``(P, C_out)`` of each batch; those of layers asked for before are forgotten."""
+        if name not in self._known:
+            self._known.clear()
+            self._read([conv.name for conv in self.convs].index(name))
+        return self._known[name]
+
+    @torch.no_grad()
+    def _read(self, first: int) -> None:
+        names, size = [], 0
+        for conv in self.convs[first:]:
+            size += 4 * self.sampling.max_positions * conv.spec.out_channels
+            if names and size > _TARGETS_BYTES:
+                break
+            names.append(conv.name)
+        self._known = {name: [] for name in names}
+        for number, batch in enumerate(self.sampling.batches()):
+
+            def keep(name: str, _: Tensor, y: Tensor, number: int = number) -> None:
+                place = self.sampling.places(number, y.shape)
+                self._known[name].append(_outputs_at(y, place))
+
+            visit(self.original, names, batch, keep)
 
 
 def layer_moments(
-    original: nn.Module,
-    current: nn.Module,
+    model: nn.Module,
     layers: Sequence[tuple[TracedConv, str]],
-    batches: Iterable[Tensor],
-    *,
-    max_positions: int,
-    images: int,
-    seed: int,
+    sampling: Sampling,
+    targets: Targets | None = None,
 ) -> list[Moments | SeparableMoments]:
-    """Moments of several layers: inputs as ``current`` has them, outputs as ``original`` does.
+    """Moments of several layers: inputs as a network has them, outputs as the original does.
 
     Where ``torch.distributed`` is initialised the sums are over all processes, each of which
     brings its own images.
 
     Args:
-        original, current: networks in evaluation mode; they may be the same object.
-        layers: each layer of ``original`` with the name of its convolution in ``current``.
-        batches: ``(N, C, H, W)``, in the same order on every call.
-        max_positions: positions to sample per layer, spread evenly over ``images``.
-        images: number of images in ``batches``.
-        seed: of the sampling.
+        model: in evaluation mode.
+        layers: as traced in the original, and the name of the convolution in ``model``.
+        sampling: of the calibration images.
+        targets: of the original; None if that is ``model``.
 
     Returns:
         Moments of each layer; of one with more than ``EXACT`` inputs per position only those of
@@ -139,29 +232,29 @@ def layer_moments(
             if channels * taps > EXACT
             else LayerSums(channels * taps, conv.spec.out_channels)
         )
-    for i, u, y, image in _sampled(original, current, layers, batches, max_positions, images, seed):
+
+    def add(i: int, u: Tensor, y: Tensor, image: Tensor) -> None:
         total = sums[i]
         total.add(u) if isinstance(total, SeparableSums) else total.add(u, y, image)
+
+    _sample(model, layers, sampling, targets, add)
     return [total.finish() for total in sums]
 
 
 def group_moments(
-    original: nn.Module,
-    current: nn.Module,
+    model: nn.Module,
     layer: tuple[TracedConv, str],
-    batches: Iterable[Tensor],
+    sampling: Sampling,
+    targets: Targets,
     *,
     groups: int,
     outputs: Sequence[int],
-    max_positions: int,
-    images: int,
-    seed: int,
 ) -> list[Moments]:
     """Moments of each group of one layer: its own inputs and outputs only, exact at any width.
 
     Args:
-        original, current, layer, batches, max_positions, images, seed: see :func:`layer_moments`.
-        groups: of the layer in ``current``, whose inputs it cuts into equal runs.
+        model, layer, sampling, targets: see :func:`layer_moments`.
+        groups: of the layer in ``model``, whose inputs it cuts into equal runs.
         outputs: the channel of the original's output for each output of the layer.
 
     Raises:
@@ -171,34 +264,42 @@ def group_moments(
     inputs, width = spec.in_channels * math.prod(spec.kernel_size), spec.out_channels // groups
     sums = [LayerSums(inputs // groups, width) for _ in range(groups)]
     of_group = torch.tensor(outputs).reshape(groups, width)
-    for _, u, y, image in _sampled(
-        original, current, [layer], batches, max_positions, images, seed
-    ):
+
+    def add(_: int, u: Tensor, y: Tensor, image: Tensor) -> None:
         for total, part, rows in zip(sums, u.chunk(groups, 1), of_group, strict=True):
             total.add(part, y[:, rows.to(y.device)], image)
+
+    _sample(model, [layer], sampling, targets, add)
     return [total.finish() for total in sums]
 
 
-def _sampled(
-    original: nn.Module,
-    current: nn.Module,
+@torch.no_grad()
+def _sample(
+    model: nn.Module,
     layers: Sequence[tuple[TracedConv, str]],
-    batches: Iterable[Tensor],
-    max_positions: int,
-    images: int,
-    seed: int,
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Index of the layer, inputs, outputs and numbers of the images, for each layer and batch."""
-    generator = torch.Generator().manual_seed(seed)
+    sampling: Sampling,
+    targets: Targets | None,
+    add: Callable[[int, Tensor, Tensor, Tensor], None],
+) -> None:
+    """Hand over what is sampled of each layer and batch, as soon as the layer has run.
+
+    Args:
+        add: takes the index of the layer, inputs, outputs, and the numbers of their images.
+    """
+    wanted = [None if targets is None else targets.of(conv.name) for conv, _ in layers]
+    index = {name: i for i, (_, name) in enumerate(layers)}
     before = 0
-    for batch in batches:
-        positions = math.ceil(max_positions * len(batch) / images)
-        targets = capture(original, [conv.name for conv, _ in layers], batch)
-        inputs = targets
-        if current is not original:
-            inputs = capture(current, [name for _, name in layers], batch)
-        for i, (conv, name) in enumerate(layers):
-            x = inputs[conv.name if current is original else name][0]
-            u, y, image = sample(conv.spec, x, targets[conv.name][1], positions, generator)
-            yield i, u, y, image + before
+    for number, batch in enumerate(sampling.batches()):
+
+        def take(
+            name: str, x: Tensor, y: Tensor, number: int = number, before: int = before
+        ) -> None:
+            i = index[name]
+            place = sampling.places(number, y.shape)
+            target = wanted[i]
+            u = _inputs_at(layers[i][0].spec, x, tuple(y.shape[2:]), place)
+            outputs = _outputs_at(y, place) if target is None else target[number]
+            add(i, u, outputs, place[0] + before)
+
+        visit(model, list(index), batch, take)
         before += len(batch)

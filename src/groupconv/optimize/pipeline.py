@@ -1,93 +1,66 @@
-"""optimize(): the steps of the scheme in their order."""
+"""optimize(), plan(), apply() and sweep(): the steps of the scheme in their order."""
 
-import fnmatch
-import hashlib
-import logging
-import math
-import time
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
-from groupconv.files import output_folder
-from groupconv.optimize.bake import bake
-from groupconv.optimize.budget import Budget, parse_budget
+from groupconv.files import output_folder, replacing
+from groupconv.optimize.budget import parse_budgets
 from groupconv.optimize.capture import evaluation_mode
-from groupconv.optimize.choose import choose
-from groupconv.optimize.cost import count_macs
-from groupconv.optimize.covariance import Moments
-from groupconv.optimize.evaluate import Quality, compare, run
-from groupconv.optimize.fold import fold_permutations
-from groupconv.optimize.latency import layer_times
-from groupconv.optimize.moments import layer_moments
-from groupconv.optimize.plan import Plan, save_weights
-from groupconv.optimize.recover import distil, parse_recover, reestimate_batch_norm
-from groupconv.optimize.refit import refit
-from groupconv.optimize.structure import Menu, freedom, menu
-from groupconv.optimize.summary import summarize, write_report
-from groupconv.optimize.trace import Trace, TracedConv, trace
-from groupconv.targets import LatencyTable, Target, get_target
-from groupconv.timing import Timing, interleave
+from groupconv.optimize.convert import check
+from groupconv.optimize.finish import Finish, Result
+from groupconv.optimize.job import Job
+from groupconv.optimize.plan import PLAN, Plan
+from groupconv.optimize.planning import FIRST, LAST, Planner
+from groupconv.optimize.recover import parse_recover
+from groupconv.optimize.settle import complete
+from groupconv.targets import get_target
 
-log = logging.getLogger(__name__)
-
-_MOMENT_IMAGES = 2_048
-_MAX_POSITIONS = 20_000
-_BATCH = 128
-_CHECK_IMAGES = 512
-
-
-@dataclass(frozen=True)
-class Result:
-    """What :func:`optimize` returns.
-
-    Args:
-        model: the converted network, in evaluation mode.
-        plan: which layers were cut, and why.
-        report: accuracy, latency (seconds), MACs and parameters before and after, and the same
-            per layer; plain numbers and text, as in ``report.json``.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: dict[str, Any]
+_KEEP = (FIRST, LAST)
 
 
 def optimize(
     model: nn.Module,
     data: Any,
     *,
-    budget: str = "2x",
+    budget: str | Sequence[str] = "2x",
     target: str = "eager",
     recover: str = "none",
-    keep: Sequence[str] = (),
+    keep: Sequence[str] = _KEEP,
     out: str | Path | None = None,
     seed: int = 0,
     test: Any = None,
     batch_size: int = 1,
     max_images: int = 1_024,
     image_size: int = 224,
+    round_to: int = 1,
+    min_accuracy: float | None = None,
+    baselines: bool = False,
 ) -> Result:
     """Turn a trained CNN into a network of grouped convolutions under a budget.
 
-    The model itself is left as it was. Labels are used only to report accuracy.
+    The model itself is left as it was. Labels are used only to report accuracy. Interrupted and
+    called again with the same arguments and ``out``, it goes on where it stopped.
 
     Args:
         model: a network of one image batch; evaluated in evaluation mode.
         data: calibration images: a tensor ``(N, C, H, W)``, a DataLoader, a folder, an ``.npz``.
         budget: a bound on the whole network: "2x" faster, "50%" of the latency, "12ms",
-            "50%macs", "300Mmacs", "50%params", "1.2Mparams".
-        target: the runtime whose measured time counts; "eager".
+            "50%macs", "300Mmacs", "50%params", "1.2Mparams", "50%size", "5MB" of weights; or
+            several of them, of which all must hold.
+        target: the runtime whose measured time counts; "eager" or "native".
         recover: "none"; "bn" re-estimates batch norm; a time such as "10min" also distils from
             the original network for so long.
-        keep: names or patterns (``"layer4.*"``) of layers to leave as they are.
+        keep: names or patterns (``"layer4.*"``) of layers to leave as they are; "first" is the
+            first convolution, "last" one that makes the network's output.
         out: folder for model.safetensors, plan.json, report.json and report.html.
         seed: of every random choice.
         test: images to report on, in any form that data takes; by default a fifth of data is
@@ -95,6 +68,13 @@ def optimize(
         batch_size: images per call when latency is measured.
         max_images: calibration images to use at most.
         image_size: height and width of the images of a folder, in pixels.
+        round_to: channels per group, and between two convolutions that stand in place of one, are
+            multiples of it; depthwise convolutions are exempt.
+        min_accuracy: top-1 accuracy on the test images, 0 to 1 (without labels, the share of them
+            whose class stays), below which the costliest layer is left dense after all, until it
+            holds; the budget may then not.
+        baselines: whether to report, beside the result, what plain cutting, random groups and
+            channel pruning at equal time give on the same images.
 
     Returns:
         Result
@@ -102,258 +82,244 @@ def optimize(
     Raises:
         ArgumentError: an argument breaks a rule.
         DataError: images, weights or the output folder can't be used.
-        BudgetError: no choice meets the budget; nothing is written.
+        BudgetError: no choice meets the budget; no result is written.
     """
-    limit, seconds, runtime = parse_budget(budget), parse_recover(recover), get_target(target)
-    for name, value in (("batch_size", batch_size), ("max_images", max_images)):
-        if value < 1:
-            raise ArgumentError(f"optimize: {name}={value!r} must be a positive integer")
+    limits, options = (
+        parse_budgets(budget),
+        _Options(target, recover, batch_size, min_accuracy, baselines),
+    )
+    _check_round_to(round_to)
+    source = _Source(data, test, max_images, image_size, seed)
+    with _started(model, source, options, out) as (job, finish):
+        plan, decisions = Planner(job, keep, round_to).plan(limits)
+        result = finish(plan, decisions, job.folder)
+        job.store().clear()
+    return result
+
+
+def plan(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: str | Sequence[str] = "2x",
+    target: str = "eager",
+    keep: Sequence[str] = _KEEP,
+    out: str | Path | None = None,
+    seed: int = 0,
+    test: Any = None,
+    batch_size: int = 1,
+    max_images: int = 1_024,
+    image_size: int = 224,
+    round_to: int = 1,
+) -> Plan:
+    """The plan that :func:`optimize` would carry out, to be looked at or edited.
+
+    Args:
+        model, data, budget, target, keep, seed, batch_size, max_images, image_size, round_to: see
+            :func:`optimize`.
+        out: folder for plan.json.
+        test: if None, a fifth of data is left aside, as :func:`optimize` does.
+
+    Raises:
+        ArgumentError, DataError, BudgetError: as :func:`optimize`.
+    """
+    limits, options = parse_budgets(budget), _Options(target, "none", batch_size, None, False)
+    _check_round_to(round_to)
+    source = _Source(data, test, max_images, image_size, seed)
+    with _started(model, source, options, out) as (job, _):
+        made, _ = Planner(job, keep, round_to).plan(limits)
+        if job.folder is not None:
+            with replacing(job.folder / PLAN) as temporary:
+                temporary.write_text(made.to_json(), encoding="utf-8")
+        job.store().clear()
+    return made
+
+
+def apply(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    target: str = "eager",
+    recover: str = "none",
+    out: str | Path | None = None,
+    test: Any = None,
+    batch_size: int = 1,
+    max_images: int = 1_024,
+    image_size: int = 224,
+    min_accuracy: float | None = None,
+    baselines: bool = False,
+) -> Result:
+    """Carry out a plan.
+
+    Args:
+        model, data, target, recover, out, test, batch_size, max_images, image_size, min_accuracy,
+            baselines: see :func:`optimize`.
+        plan: of :func:`plan`, or written by hand; grouped layers without orders of their channels
+            get the best that are found. Its seed is used.
+
+    Raises:
+        ArgumentError: an argument breaks a rule.
+        DataError: the plan is illegal for this network, every fault named; or as
+            :func:`optimize`.
+    """
+    options = _Options(target, recover, batch_size, min_accuracy, baselines)
+    source = _Source(data, test, max_images, image_size, plan.seed)
+    with _started(model, source, options, out) as (job, finish):
+        check(job.mapped, plan.layers)
+        layers = complete(job.mapped, plan.layers, job.searches)
+        # Its reasons are of structures that a person may have changed since.
+        result = finish(replace(plan, layers=layers, reasons={}), {}, job.folder)
+        job.store().clear()
+    return result
+
+
+def sweep(
+    model: nn.Module,
+    data: Any,
+    *,
+    budgets: Sequence[str],
+    target: str = "eager",
+    recover: str = "none",
+    keep: Sequence[str] = _KEEP,
+    out: str | Path | None = None,
+    seed: int = 0,
+    test: Any = None,
+    batch_size: int = 1,
+    max_images: int = 1_024,
+    image_size: int = 224,
+    round_to: int = 1,
+    baselines: bool = False,
+) -> list[Result]:
+    """:func:`optimize` under several budgets in turn; what they share is done once.
+
+    Args:
+        model, data, target, recover, keep, seed, test, batch_size, max_images, image_size,
+            round_to, baselines: see :func:`optimize`.
+        budgets: each for a network of its own.
+        out: folder for a folder for each budget, frontier.json and frontier.html.
+
+    Returns:
+        The results in the order of the budgets.
+
+    Raises:
+        ArgumentError, DataError, BudgetError: as :func:`optimize`.
+    """
+    limits, options = (
+        [parse_budgets(b) for b in budgets],
+        _Options(target, recover, batch_size, None, baselines),
+    )
+    if not limits:
+        raise ArgumentError(f"budgets={budgets!r} must hold at least one budget")
+    if len(set(budgets)) < len(budgets):
+        raise ArgumentError(f"budgets={budgets!r} must differ: each has a folder of its own")
+    _check_round_to(round_to)
+    source = _Source(data, test, max_images, image_size, seed)
+    with _started(model, source, options, out) as (job, finish):
+        planner = Planner(job, keep, round_to)
+        results = []
+        for text, each in zip(budgets, limits, strict=True):
+            folder = None if job.folder is None else output_folder(job.folder / text)
+            results.append(finish(*planner.plan(each), folder))
+        if job.folder is not None:
+            _write_frontier(job.folder, results)
+        job.store().clear()
+    return results
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments that the verbs share."""
+
+    target: str
+    recover: str
+    batch_size: int
+    min_accuracy: float | None
+    baselines: bool
+
+    def __post_init__(self) -> None:
+        get_target(self.target)
+        parse_recover(self.recover)
+        if self.batch_size < 1:
+            raise ArgumentError(f"batch_size={self.batch_size!r} must be a positive integer")
+        if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
+            raise ArgumentError(f"min_accuracy={self.min_accuracy!r} must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the images come from."""
+
+    data: Any
+    test: Any
+    max_images: int
+    image_size: int
+    seed: int
+
+    def load(self) -> tuple[Images, Images]:
+        """Images to calibrate on and to report on."""
+        if self.max_images < 1:
+            raise ArgumentError(f"max_images={self.max_images!r} must be a positive integer")
+        size, seed = self.image_size, self.seed
+        images = load_images(self.data, limit=self.max_images, image_size=size, seed=seed)
+        if self.test is None:
+            held_out, images = images.shuffled(seed).split(max(1, len(images) // 5))
+        else:
+            held_out = load_images(self.test, limit=1_000_000, image_size=size, seed=seed)
+        if len(images) < 2:
+            raise DataError(
+                f"{images.source}: {len(images)} images are left to calibrate on; give more"
+            )
+        return images, held_out
+
+
+@contextmanager
+def _started(
+    model: nn.Module, source: _Source, options: _Options, out: str | Path | None
+) -> Iterator[tuple[Job, Finish]]:
+    """A job after its arguments were checked, and how it ends; the model evaluates meanwhile."""
     folder = None if out is None else output_folder(out)
     _check_weights(model)
-    images = load_images(data, limit=max_images, image_size=image_size, seed=seed)
-    if test is None:
-        held_out, images = images.shuffled(seed).split(max(1, len(images) // 5))
-    else:
-        held_out = load_images(test, limit=1_000_000, image_size=image_size, seed=seed)
-    if len(images) < 2:
-        raise DataError(
-            f"{images.source}: {len(images)} images are left to calibrate on; give more"
-        )
+    images, held_out = source.load()
     with evaluation_mode(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        job = _Job(model, images, runtime, limit, seed, batch_size, folder)
-        return job.run(keep, held_out, recover, seconds)
-
-
-class _Job:
-    """One run of :func:`optimize`, after its arguments were checked."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Images,
-        target: Target,
-        budget: Budget,
-        seed: int,
-        batch_size: int,
-        folder: Path | None,
-    ) -> None:
-        self.model, self.images, self.target = model, images, target
-        self.budget, self.seed, self.batch_size, self.folder = budget, seed, batch_size, folder
-        self.device = next(model.parameters()).device
-        self.table = LatencyTable(None if folder is None else folder / "latency.json")
-        self.steps: dict[str, float] = {}
-
-    def run(
-        self, keep: Sequence[str], held_out: Images, recover: str, seconds: float | None
-    ) -> Result:
-        with self._step("trace"):
-            run(self.model, self._example(1))
-            self.model, baked = bake(self.model)
-            if baked:
-                log.info("norms of weights made plain: %s", ", ".join(baked))
-            self.model, folded = fold_permutations(self.model, (self._example(2),))
-            mapped = trace(self.model, (self._example(2),))
-            convs = self._eligible(mapped, keep)
-        with self._step("moments"):
-            menus = self._menus(mapped, convs)
-        with self._step("measure"):
-            times = layer_times(menus, self.target, self.table, self.batch_size)
-        if self.table.reused:
-            log.info("reused %d measured times of %s", len(self.table.reused), self.table.path)
-        macs = self._macs(self.model)
-        with self._step("select"):
-            choice = choose(
-                self.model, mapped, menus, times, self.budget, self._known_latency,
-                target=self.target.name, seed=self.seed, macs=macs,
-            )  # fmt: skip
-        net = choice.converted.model
-        with self._step("refit"):
-            losses = refit(
-                self.model,
-                choice.converted,
-                self._moment_batches,
-                max_positions=_MAX_POSITIONS,
-                images=min(len(self.images), _MOMENT_IMAGES),
-                seed=self.seed,
-            )
-        fitted = compare(self.model, net, held_out)
-        log.info("refitted: %s", _in_words(fitted))
-        if seconds is not None and choice.converted.placed:
-            self._recover(net, seconds)
-        with self._step("evaluate"):
-            quality = compare(self.model, net, held_out)
-            log.info("recovered: %s", _in_words(quality))
-            latency = self._latency(net)
-        report = summarize(
-            model=self.model,
-            converted=choice.converted,
-            mapped=mapped,
-            menus=menus,
-            chosen=choice.chosen,
-            times=choice.times,
-            losses=losses,
-            fitted=fitted,
-            quality=quality,
-            latency=latency,
-            macs=(macs, self._macs(net)),
-            steps=self.steps,
-            reasons=choice.plan.reasons,
-            settings={
-                "model": type(self.model).__name__,
-                "budget": self.budget.text,
-                "target": self.target.name,
-                "recover": recover,
-                "seed": self.seed,
-                "batch_size": self.batch_size,
-                "input_shape": list(self.images.images.shape[1:]),
-                "data": self.images.source,
-                "calibration_images": len(self.images),
-                "test_data": held_out.source,
-            },
+        torch.manual_seed(source.seed)
+        job = Job(
+            model,
+            images,
+            get_target(options.target),
+            seed=source.seed,
+            batch_size=options.batch_size,
+            folder=folder,
         )
-        if self.folder is not None:
-            save_weights(self.folder, net, choice.converted.edits, folded, baked)
-            write_report(self.folder, choice.plan, report)
-        return Result(net, choice.plan, report)
-
-    def _eligible(self, mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
-        """Dense convolutions that can be cut and that the user does not keep."""
-        names = [conv.name for conv in mapped.convs]
-        for pattern in keep:
-            if not fnmatch.filter(names, pattern):
-                raise ArgumentError(
-                    f"keep={pattern!r} matches no convolution; they are {', '.join(names)}"
-                )
-        for name, reason in mapped.skipped.items():
-            log.info("left as it is: %s (%s)", name, reason)
-        convs = [
-            conv
-            for conv in mapped.convs
-            if conv.spec.groups == 1
-            and math.gcd(conv.spec.in_channels, conv.spec.out_channels) > 1
-            and not any(fnmatch.fnmatchcase(conv.name, pattern) for pattern in keep)
-        ]
-        log.info("%d of %d convolutions can be cut into groups", len(convs), len(mapped.convs))
-        return convs
-
-    def _menus(self, mapped: Trace, convs: list[TracedConv]) -> dict[str, Menu]:
-        free = freedom(mapped, convs)
-        menus = {}
-        for conv in convs:
-            (moments,) = layer_moments(
-                self.model,
-                self.model,
-                [(conv, conv.name)],
-                self._moment_batches(),
-                max_positions=_MAX_POSITIONS,
-                images=min(len(self.images), _MOMENT_IMAGES),
-                seed=self.seed,
-            )
-            log.info(
-                "%s: %d positions, relative error of its %s %s",
-                conv.name,
-                moments.count,
-                "variance" if isinstance(moments, Moments) else "separable covariance",
-                "unknown" if moments.error is None else f"{moments.error:.1%}",
-            )
-            weight = self.model.get_submodule(conv.name).weight
-            assert isinstance(weight, Tensor)
-            menus[conv.name] = menu(conv, weight, moments, free[conv.name], self.seed)
-        return menus
-
-    def _recover(self, net: nn.Module, seconds: float) -> None:
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
-            with self._step("batch norm"):
-                self._reestimate(net)
-        if seconds:
-            with self._step("distil"):
-                count = distil(self.model, net, self._shuffled, seconds)
-            log.info("distilled for %d steps", count)
-
-    def _reestimate(self, net: nn.Module) -> None:
-        """Re-estimate batch norm, and go back where that takes the output further away.
-
-        It helps where the layers lost much; where the refit kept the statistics, it adds noise.
-        """
-        sample = Images(self.images.images[:_CHECK_IMAGES], None, self.images.source)
-        fitted = {name: value.clone() for name, value in net.named_buffers()}
-        before = compare(self.model, net, sample).output_error
-        reestimate_batch_norm(net, self._batches())
-        after = compare(self.model, net, sample).output_error
-        log.info("batch norm re-estimated: output error %.4f, %.4f before", after, before)
-        if after > before:
-            log.info("batch norm: re-estimate not kept")
-            for name, value in net.named_buffers():
-                value.copy_(fitted[name])
-
-    def _macs(self, net: nn.Module) -> int:
-        return count_macs(net, (self._example(1),))
-
-    def _known_latency(self, net: nn.Module, plan: str) -> tuple[Timing, Timing]:
-        """As :meth:`_latency`, kept in the table: one table of times gives one plan."""
-        shapes = [(name, tuple(value.shape)) for name, value in self.model.state_dict().items()]
-        example = (self._example(self.batch_size),)
-        network = repr((type(self.model).__name__, shapes, tuple(example[0].shape)))
-        digest = hashlib.sha256(network.encode()).hexdigest()[:16]
-        before, after = (
-            f"{self.target.name} network {digest} plan {plan} {side}"
-            for side in ("before", "after")
+        yield (
+            job,
+            Finish(
+                job,
+                held_out,
+                options.recover,
+                parse_recover(options.recover),
+                options.min_accuracy,
+                options.baselines,
+            ),
         )
-        builds = {
-            before: lambda: self.target.build(self.model, example),
-            after: lambda: self.target.build(net, example),
-        }
-        times = self.table.measure(builds, seconds=1.5)
-        return times[before], times[after]
-
-    def _latency(self, net: nn.Module) -> tuple[Timing, Timing]:
-        """The original and the converted network in one interleaved run."""
-        example = (self._example(self.batch_size),)
-        calls = {
-            "before": self.target.build(self.model, example),
-            "after": self.target.build(net, example),
-        }
-        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400)
-        return timings["before"], timings["after"]
-
-    def _example(self, batch: int) -> Tensor:
-        """Real images, repeated if there are too few."""
-        index = torch.arange(batch) % len(self.images)
-        return self.images.images[index].to(self.device)
-
-    def _batches(self) -> Iterator[Tensor]:
-        for batch in _parts(self.images.images):
-            yield batch.to(self.device)
-
-    def _moment_batches(self) -> Iterator[Tensor]:
-        for batch in _parts(self.images.images[:_MOMENT_IMAGES]):
-            yield batch.to(self.device)
-
-    def _shuffled(self, epoch: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        for index in _parts(torch.randperm(len(self.images), generator=generator)):
-            yield self.images.images[index].to(self.device)
-
-    @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.steps[name] = time.perf_counter() - start
-        log.info("%s: %.1f s", name, self.steps[name])
 
 
-def _parts(items: Tensor) -> tuple[Tensor, ...]:
-    """Batches of nearly equal size: a last one of a single image would break batch norm."""
-    return items.tensor_split(math.ceil(len(items) / _BATCH))
+def _write_frontier(folder: Path, results: Sequence[Result]) -> None:
+    # Here, because matplotlib would add a third of a second to `import groupconv`.
+    from groupconv.report import render_frontier
+
+    reports = [result.report for result in results]
+    for name, text in (
+        ("frontier.html", render_frontier(reports)),
+        ("frontier.json", json.dumps(reports, indent=1)),
+    ):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
-def _in_words(quality: Quality) -> str:
-    if quality.accuracy_after is not None and quality.accuracy_before is not None:
-        return f"accuracy {quality.accuracy_after:.2%} (original {quality.accuracy_before:.2%})"
-    if quality.agreement is not None:
-        return f"top-1 agreement with the original {quality.agreement:.2%}"
-    return f"relative output error {quality.output_error:.4f}"
+def _check_round_to(round_to: int) -> None:
+    if round_to < 1:
+        raise ArgumentError(f"round_to={round_to!r} must be a positive integer")
 
 
 def _check_weights(model: nn.Module) -> None:

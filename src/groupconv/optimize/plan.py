@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from groupconv.errors import DataError
 from groupconv.files import replacing
 from groupconv.optimize.bake import make_plain
-from groupconv.optimize.convert import Edit, apply_edits
+from groupconv.optimize.convert import Edit, Settled, apply_edits, structure_of
 from groupconv.optimize.fold import remove
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.structure import Grouped, from_dict, to_dict
 
 _FORMAT = 1
 WEIGHTS, PLAN, REPORT, PAGE = "model.safetensors", "plan.json", "report.json", "report.html"
@@ -26,13 +27,13 @@ class Plan:
     """Which layers are cut into how many groups, which channels share one, and why.
 
     Args:
-        layers: name of the layer to its partition, in the order in which they claim the order of
-            the channels between layers.
+        layers: name of the layer to what stands in its place, in the order in which they claim
+            the order of the channels between layers.
         reasons: name of the layer to why it is as it is, dense ones too.
         budget, target, seed: what the plan was made for.
     """
 
-    layers: Mapping[str, Partition]
+    layers: Mapping[str, Settled]
     reasons: Mapping[str, str] = field(default_factory=dict)
     budget: str = ""
     target: str = ""
@@ -41,12 +42,8 @@ class Plan:
     def to_json(self) -> str:
         """JSON with one line per list of channels."""
         layers = ",\n".join(
-            f"  {json.dumps(name)}: {{\n"
-            f'   "groups": {partition.groups},\n'
-            f'   "in_order": {json.dumps(partition.in_order)},\n'
-            f'   "out_order": {json.dumps(partition.out_order)}\n'
-            "  }"
-            for name, partition in self.layers.items()
+            f"  {json.dumps(name)}: {{\n{_lines(settled)}\n  }}"
+            for name, settled in self.layers.items()
         )
         head = {
             "format": _FORMAT,
@@ -69,19 +66,32 @@ class Plan:
             values = json.loads(text)
             if values["format"] != _FORMAT:
                 raise DataError(f"plan: format {values['format']!r} must be {_FORMAT}")
-            layers = {name: _partition(name, layer) for name, layer in values["layers"].items()}
+            layers = {name: _settled(name, layer) for name, layer in values["layers"].items()}
             head = (values["budget"], values["target"], int(values["seed"]))
             return cls(layers, values.get("reasons", {}), *head)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"plan: not a plan of groupconv: {error!r}") from error
 
 
-def _partition(name: str, layer: Mapping[str, Any]) -> Partition:
-    orders = [tuple(int(i) for i in layer[key]) for key in ("in_order", "out_order")]
-    for key, order in zip(("in_order", "out_order"), orders, strict=True):
+def _lines(settled: Settled) -> str:
+    values = to_dict(structure_of(settled))
+    if isinstance(settled, Partition):
+        values |= {"in_order": settled.in_order, "out_order": settled.out_order}
+    return ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+
+
+def _settled(name: str, layer: Mapping[str, Any]) -> Settled:
+    structure = from_dict(layer)
+    given = [key for key in ("in_order", "out_order") if key in layer]
+    if not given or not isinstance(structure, Grouped):
+        return structure
+    if len(given) == 1:
+        raise DataError(f"plan: {name}: {given[0]} alone is given; give both orders or none")
+    orders = [tuple(int(i) for i in layer[key]) for key in given]
+    for key, order in zip(given, orders, strict=True):
         if sorted(order) != list(range(len(order))):
             raise DataError(f"plan: {name}: {key} must hold each of 0 .. C-1 exactly once")
-    return Partition(int(layer["groups"]), *orders)
+    return Partition(structure.groups, *orders)
 
 
 def save_weights(

@@ -1,5 +1,6 @@
 """A partition improved step by step, each step exact: outputs reassigned, inputs swapped."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,11 +109,11 @@ def _swap(state: list[Group], labels: Tensor, limit: int, total: float) -> int:
     pairs = _best_swaps(state, labels, limit, total)
     before = _explained(state, labels)
     while pairs:
-        _exchange(state, [(a, b) for _, a, b in pairs])
+        exchange(state, [(a, b) for _, a, b in pairs])
         gained = _explained(state, labels) - before
         if gained >= _KEPT * sum(gain for gain, _, _ in pairs):
             return len(pairs)
-        _exchange(state, [(b, a) for _, a, b in pairs])
+        exchange(state, [(b, a) for _, a, b in pairs])
         pairs = pairs[: len(pairs) // 2]
     return 0
 
@@ -125,13 +126,24 @@ def _best_swaps(
     gains = torch.empty(channels, channels, dtype=torch.float64)
     for q, group in enumerate(state):
         gains[group.channels] = group.gains(torch.nonzero(labels == q)[:, 0])
-    gains = (gains + gains.T).triu(1).flatten()
-    best = torch.topk(gains, min(len(gains), _LOOKED_AT * limit))
+    return disjoint(gains + gains.T, limit, _TOLERANCE * total)
+
+
+def disjoint(gains: Tensor, limit: int, least: float) -> list[tuple[float, int, int]]:
+    """Gains and items of the best pairs, no item in two of them.
+
+    Args:
+        gains: ``(n, n)``, symmetric.
+        limit: at most so many pairs.
+        least: only pairs that gain more.
+    """
+    upper = gains.triu(1).flatten()
+    best = torch.topk(upper, min(len(upper), _LOOKED_AT * limit))
     pairs: list[tuple[float, int, int]] = []
     used: set[int] = set()
     for gain, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        a, b = divmod(index, channels)
-        if gain <= _TOLERANCE * total or len(pairs) == limit:
+        a, b = divmod(index, len(gains))
+        if gain <= least or len(pairs) == limit:
             break
         if a not in used and b not in used:
             pairs.append((gain, a, b))
@@ -139,7 +151,7 @@ def _best_swaps(
     return pairs
 
 
-def _exchange(state: list[Group], pairs: list[tuple[int, int]]) -> None:
+def exchange(state: Sequence[Group], pairs: Sequence[tuple[int, int]]) -> None:
     """Swap the channels of every pair between their groups."""
     place = {
         channel: (q, i)

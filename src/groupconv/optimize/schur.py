@@ -7,7 +7,7 @@ the Schur complement of H_SS in the outputs' covariance.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,15 +41,28 @@ class Regression:
     out_channels: int
 
     @classmethod
-    def of(cls, moments: Moments | SeparableMoments, weight: Tensor) -> "Regression":
+    def of(
+        cls,
+        moments: Moments | SeparableMoments,
+        weight: Tensor,
+        importance: Tensor | None = None,
+    ) -> "Regression":
         """The regression of a layer.
 
         Args:
             moments: of the layer.
             weight: ``(C_out, C_in, *k)``, the trained dense weights.
+            importance: ``(C_out,)``, what a square of each output's error counts; None for 1. The
+                outputs of the regression are those of the layer times its root.
         """
         out_channels, in_channels = weight.shape[:2]
         dense = weight.detach().double().cpu().flatten(1)
+        if importance is not None:
+            root = importance.sqrt()[:, None]
+            dense = root * dense
+            if isinstance(moments, Moments):
+                scaled = {"yu": root * moments.yu, "yy": importance * moments.yy}
+                moments = replace(moments, **scaled)
         if isinstance(moments, SeparableMoments):
             return _separable(
                 moments.channels, moments.taps, dense.reshape(out_channels, in_channels, -1)
@@ -63,6 +76,11 @@ class Regression:
     @property
     def in_channels(self) -> int:
         return len(self.system) // self.taps
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is the layer's own problem, with one row of T for each output."""
+        return self.system.shape[1] == len(self.system) + self.out_channels
 
     @property
     def h(self) -> Tensor:

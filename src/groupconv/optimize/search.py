@@ -37,9 +37,10 @@ class Effort:
     finalists: int
 
 
-# To compare structures of all layers, and to settle those that were chosen.
+# To judge the order given, to compare structures of all layers, and to settle the chosen ones.
+GIVEN = Effort(starts=0, reduced=0, exact=0, finalists=0)
 SCREEN = Effort(starts=1, reduced=4, exact=0, finalists=0)
-THOROUGH = Effort(starts=6, reduced=30, exact=30, finalists=3)
+THOROUGH = Effort(starts=6, reduced=30, exact=2, finalists=2)
 
 
 @dataclass(frozen=True)

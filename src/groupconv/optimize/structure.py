@@ -1,130 +1,184 @@
-"""The menu: what may stand in place of a dense convolution.
+"""What may stand in place of a dense convolution: a new structure is one small class here.
 
-So far: the layer as it is, and a grouped layer for every legal number of groups, with the channels
-in given order where nothing can absorb a permutation, or with explicit permutations.
+A structure says which convolutions it is made of, which gives its cost, and builds them. How the
+weights are found is in :mod:`~groupconv.optimize.fit` and :mod:`~groupconv.optimize.pair`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from groupconv.kernels.spec import ConvSpec, legal_groups
-from groupconv.optimize.covariance import Moments, SeparableMoments
-from groupconv.optimize.orders import Orders
-from groupconv.optimize.partition import Partition
-from groupconv.optimize.schur import Regression
-from groupconv.optimize.search import SCREEN, Search
-from groupconv.optimize.trace import Trace, TracedConv
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One entry of a layer's menu.
-
-    Args:
-        spec: of the convolution, with its number of groups.
-        loss: predicted residual variance over output variance.
-        start: what the partition comes from: "dense", or the start of :class:`Found`.
-        permute_in, permute_out: whether an explicit permutation stands before or after it.
-    """
-
-    spec: ConvSpec
-    loss: float
-    start: str
-    permute_in: bool = False
-    permute_out: bool = False
-
-    @property
-    def permuted(self) -> bool:
-        """Whether it carries an explicit permutation."""
-        return self.permute_in or self.permute_out
+from groupconv.errors import DataError
+from groupconv.kernels.spec import ConvSpec, check_groups
+from groupconv.nn import ChannelShuffle
 
 
 @dataclass(frozen=True)
-class Menu:
-    """The candidates of one layer, dense first, and the search that partitions come from."""
-
-    conv: TracedConv
-    search: Search
-    candidates: tuple[Candidate, ...]
-
-
-def by_priority(convs: Sequence[TracedConv]) -> list[TracedConv]:
-    """The order in which layers choose the order of the channels they touch: costly ones first."""
-    return sorted(convs, key=lambda conv: -conv.spec.macs)
-
-
-def freedom(trace: Trace, convs: Sequence[TracedConv]) -> dict[str, tuple[bool, bool]]:
-    """For each layer, whether it may choose the order of its inputs and of its outputs.
-
-    It may where the order can change at all and no layer of higher priority touches it.
-    """
-    orders = Orders(trace.spaces)
-    free: dict[str, tuple[bool, bool]] = {}
-    for conv in by_priority(convs):
-        open_in, open_out = orders.free(conv.inputs), orders.free(conv.outputs)
-        # A layer between two tensors of one space would need one order to serve both ends.
-        free[conv.name] = (open_in, open_out and conv.inputs.space != conv.outputs.space)
-        for axis in (conv.inputs, conv.outputs):
-            orders.claim(axis, orders.channels(axis), 1)
-    return free
-
-
-def menu(
-    conv: TracedConv,
-    weight: Tensor,
-    moments: Moments | SeparableMoments,
-    free: tuple[bool, bool],
-    seed: int,
-) -> Menu:
-    """Every structure for one dense layer, with its predicted loss.
+class Grouped:
+    """One convolution in groups.
 
     Args:
-        conv: the dense layer.
-        weight: ``(C_out, C_in, *k)``, trained.
-        moments: of the layer in the original network.
-        free: whether it may choose the order of its inputs and of its outputs.
-        seed: of the partitions.
+        groups: divides both channel counts; 1 is the layer as it is.
     """
-    spec = conv.spec
-    search = Search(Regression.of(moments, weight), seed)
-    candidates = [Candidate(spec, 0.0, "dense")]
-    given_in = None if free[0] else range(spec.in_channels)
-    given_out = None if free[1] else range(spec.out_channels)
-    for groups in legal_groups(spec.in_channels, spec.out_channels)[1:]:
-        grouped = replace(spec, groups=groups)
-        absorbed = search.find(groups, effort=SCREEN, given_in=given_in, given_out=given_out)
-        candidates.append(Candidate(grouped, absorbed.loss, absorbed.start))
-        if not all(free) and groups < spec.in_channels:
-            explicit = search.find(groups, effort=SCREEN)
-            candidates.append(
-                Candidate(grouped, explicit.loss, explicit.start, not free[0], not free[1])
-            )
-    return Menu(conv, search, tuple(candidates))
+
+    groups: int
+
+    def __str__(self) -> str:
+        return "dense" if self.groups == 1 else f"groups={self.groups}"
+
+    def check(self, where: str, in_channels: int, out_channels: int) -> None:
+        """Raise ArgumentError unless the structure can stand in place of such a layer."""
+        check_groups(where, in_channels, out_channels, self.groups)
+
+    def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
+        """Its convolutions in place of a dense one, in the order in which they run."""
+        return (replace(dense, groups=self.groups),)
+
+    def build(self, conv: nn.modules.conv._ConvNd, bias: bool) -> OrderedDict[str, nn.Module]:
+        """Its modules, in their order, the weights zero.
+
+        The convolution itself is cut, so that all else that a user set on it stays.
+
+        Args:
+            conv: the layer to replace.
+            bias: whether there must be a bias.
+        """
+        weight = conv.weight
+        size = (conv.out_channels, conv.in_channels // self.groups, *conv.kernel_size)
+        fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        fresh = fresh.contiguous(memory_format=_layout(weight))
+        conv.groups = self.groups
+        conv.weight = nn.Parameter(fresh, weight.requires_grad)
+        if bias and conv.bias is None:
+            zeros = torch.zeros(conv.out_channels, dtype=weight.dtype, device=weight.device)
+            conv.bias = nn.Parameter(zeros, weight.requires_grad)
+        return OrderedDict(conv=conv)
 
 
-def settle(
-    trace: Trace, menus: Mapping[str, Menu], chosen: Mapping[str, Candidate]
-) -> dict[str, Partition]:
-    """Partitions of the chosen structures, each keeping the orders that others chose before it.
+@dataclass(frozen=True)
+class Pair:
+    """Two convolutions: the first with the layer's kernel, the second pointwise.
 
-    Returns:
-        layer name to partition, by priority; dense layers are left out.
+    Low rank, depthwise-separable, grouped + pointwise and the grouped pair with shuffle are all of
+    this kind.
+
+    Args:
+        middle: channels between them, M.
+        groups: of the first; divides its input channels and M.
+        pointwise_groups: of the second; divides M and its output channels.
+        shuffle: whether the middle channels are shuffled, as ``torch.nn.ChannelShuffle(groups)``.
     """
-    orders = Orders(trace.spaces)
-    grouped = [menus[name].conv for name, choice in chosen.items() if choice.spec.groups > 1]
-    partitions: dict[str, Partition] = {}
-    for conv in by_priority(grouped):
-        choice = chosen[conv.name]
-        given_in, given_out = orders.channels(conv.inputs), orders.channels(conv.outputs)
-        chooses = choice.start != "identity"
-        free_in = chooses and orders.free(conv.inputs)
-        free_out = chooses and orders.free(conv.outputs) and conv.inputs.space != conv.outputs.space
-        found = menus[conv.name].search.find(
-            choice.spec.groups,
-            given_in=None if choice.permute_in or free_in else given_in,
-            given_out=None if choice.permute_out or free_out else given_out,
+
+    middle: int
+    groups: int
+    pointwise_groups: int
+    shuffle: bool
+
+    def __str__(self) -> str:
+        if self.groups == self.pointwise_groups == 1:
+            return f"rank {self.middle}"
+        shuffled = ", shuffled," * self.shuffle
+        first = f"groups={self.groups} to {self.middle} channels{shuffled}"
+        return f"{first} + pointwise groups={self.pointwise_groups}"
+
+    def check(self, where: str, in_channels: int, out_channels: int) -> None:
+        """Raise ArgumentError unless the structure can stand in place of such a layer."""
+        check_groups(f"{where}: first of the pair", in_channels, self.middle, self.groups)
+        check_groups(f"{where}: second of it", self.middle, out_channels, self.pointwise_groups)
+
+    def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
+        """Its convolutions in place of a dense one, in the order in which they run."""
+        first = replace(dense, out_channels=self.middle, groups=self.groups)
+        ones = (1,) * len(dense.input_size)
+        second = ConvSpec(
+            batch=dense.batch,
+            in_channels=self.middle,
+            out_channels=dense.out_channels,
+            input_size=dense.output_size,
+            kernel_size=ones,
+            stride=ones,
+            padding=((0, 0),) * len(ones),
+            dilation=ones,
+            groups=self.pointwise_groups,
         )
-        partitions[conv.name], _, _ = orders.place(conv, found.partition)
-    return partitions
+        return first, second
+
+    def order(self) -> Tensor:
+        """``(M,)``: for each input of the second, the output of the first that it is."""
+        plain = torch.arange(self.middle)
+        return plain.reshape(self.groups, -1).T.flatten() if self.shuffle else plain
+
+    def build(self, conv: nn.modules.conv._ConvNd, bias: bool) -> OrderedDict[str, nn.Module]:
+        """Its modules, in their order, the weights zero.
+
+        Args:
+            conv: the layer to replace.
+            bias: whether there must be a bias.
+        """
+        kind: Any = type(conv)
+        on = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        first = kind(
+            conv.in_channels, self.middle, conv.kernel_size, conv.stride, conv.padding,
+            conv.dilation, self.groups, False, conv.padding_mode, **on,
+        )  # fmt: skip
+        second = kind(
+            self.middle, conv.out_channels, 1, groups=self.pointwise_groups,
+            bias=bias or conv.bias is not None, **on,
+        )  # fmt: skip
+        steps: OrderedDict[str, nn.Module] = OrderedDict(conv=first)
+        if self.shuffle:
+            steps["shuffle"] = ChannelShuffle(self.groups)
+        steps["pointwise"] = second
+        first.to(memory_format=_layout(conv.weight))
+        for parameter in (*first.parameters(), *second.parameters()):
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(conv.weight.requires_grad)
+        return steps
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    """The memory format of a convolution's weight."""
+    if weight.ndim > 3 and not weight.is_contiguous():
+        return torch.channels_last if weight.ndim == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+Structure = Grouped | Pair
+_KINDS: dict[str, type[Structure]] = {"grouped": Grouped, "pair": Pair}
+DENSE = Grouped(1)
+
+
+def macs(structure: Structure, dense: ConvSpec) -> int:
+    """Multiply-adds of one image."""
+    return sum(spec.macs // max(spec.batch, 1) for spec in structure.specs(dense))
+
+
+def weights(structure: Structure, dense: ConvSpec) -> int:
+    """Number of weights; biases are not counted."""
+    return sum(math.prod(spec.weight_shape) for spec in structure.specs(dense))
+
+
+def to_dict(structure: Structure) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    kind = next(name for name, cls in _KINDS.items() if type(structure) is cls)
+    return {"structure": kind, **asdict(structure)}
+
+
+def from_dict(values: Mapping[str, Any]) -> Structure:
+    """The structure that :func:`to_dict` wrote; other keys are left to others.
+
+    Raises:
+        DataError: there is no structure of that kind.
+    """
+    kind = str(values.get("structure", "grouped"))
+    if kind not in _KINDS:
+        raise DataError(f"structure={kind!r} must be one of {', '.join(_KINDS)}")
+    if kind == "grouped":
+        return Grouped(int(values["groups"]))
+    middle, groups, pointwise = (int(values[n]) for n in ("middle", "groups", "pointwise_groups"))
+    return Pair(middle, groups, pointwise, bool(values["shuffle"]))

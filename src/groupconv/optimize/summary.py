@@ -1,73 +1,87 @@
 """What a run found, as plain numbers and text: report.json, and the page made from it."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from groupconv.files import replacing
-from groupconv.optimize.convert import Converted
+from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.evaluate import Quality
 from groupconv.optimize.plan import PAGE, PLAN, REPORT, Plan
-from groupconv.optimize.structure import Candidate, Menu
-from groupconv.optimize.trace import Trace
+from groupconv.optimize.structure import DENSE, Grouped, Structure, macs
 from groupconv.timing import Timing, machine
 from groupconv.version import __version__
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of the report.
+
+    Args:
+        name: of the layer.
+        dense: the layer as it was.
+        structure: what stands there now.
+        permutations: how many explicit ones are around it.
+        seconds: measured, before and after.
+        predicted_loss: share of its variance, as the choice was made; None where none was made.
+        loss: the same after the refit.
+        why: for people.
+    """
+
+    name: str
+    dense: ConvSpec
+    structure: Structure
+    permutations: int
+    seconds: tuple[float, float]
+    predicted_loss: float | None
+    loss: float
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        grouped = isinstance(self.structure, Grouped)
+        return {
+            "name": self.name,
+            "structure": str(self.structure),
+            "groups": self.structure.groups if grouped else None,
+            "macs": _pair(macs(DENSE, self.dense), macs(self.structure, self.dense)),
+            "latency": _pair(*self.seconds),
+            "predicted_loss": self.predicted_loss,
+            "loss": self.loss,
+            "explicit_permutations": self.permutations,
+            "why": self.why,
+        }
 
 
 def summarize(
     *,
     model: nn.Module,
-    converted: Converted,
-    mapped: Trace,
-    menus: Mapping[str, Menu],
-    chosen: Mapping[str, Candidate],
-    times: Mapping[str, tuple[float, float]],
-    losses: Mapping[str, float],
+    net: nn.Module,
+    layers: Sequence[LayerRow],
+    left: Mapping[str, str],
     fitted: Quality,
     quality: Quality,
     latency: tuple[Timing, Timing],
-    macs: tuple[int, ...],
+    macs: tuple[int, int],
     steps: Mapping[str, float],
     settings: Mapping[str, Any],
-    reasons: Mapping[str, str],
 ) -> dict[str, Any]:
     """The report of one run; latencies in seconds, MACs of one image.
 
     Args:
-        model, converted: the networks before and after.
-        mapped: trace of the model.
-        menus, chosen: the candidates of each layer and the one taken.
-        times: measured seconds of each layer, dense and as chosen.
-        losses: share of each grouped layer's variance that its refit lost.
+        model, net: the networks before and after.
+        layers: those that could be changed.
+        left: name of what could not be traced to the reason.
         fitted, quality: the converted network before and after recovery.
         latency: of the whole networks, in one interleaved run.
         macs: of the whole networks.
         steps: seconds of each step of the run.
         settings: arguments of the run.
-        reasons: why each layer is as it is.
     """
-    params = [sum(p.numel() for p in net.parameters()) for net in (model, converted.model)]
-    layers = []
-    for name, choice in chosen.items():
-        dense, edit = menus[name].conv.spec, converted.edits.get(name)
-        layers.append(
-            {
-                "name": name,
-                "groups": choice.spec.groups,
-                "macs": _pair(dense.macs // dense.batch, choice.spec.macs // dense.batch),
-                "latency": _pair(*times[name]),
-                "predicted_loss": choice.loss,
-                "loss": losses.get(name, 0.0),
-                "explicit_permutations": 0
-                if edit is None
-                else (edit.order_in is not None) + (edit.order_out is not None),
-                "why": reasons[name],
-            }
-        )
+    params = [sum(p.numel() for p in network.parameters()) for network in (model, net)]
     return {
         "groupconv": __version__,
         "settings": dict(settings),
@@ -84,8 +98,8 @@ def summarize(
         "speedup": latency[0].median / latency[1].median,
         "macs": _pair(*macs),
         "params": _pair(*params),
-        "layers": layers,
-        "left_as_they_are": dict(mapped.skipped),
+        "layers": [layer.to_dict() for layer in layers],
+        "left_as_they_are": dict(left),
         "seconds": dict(steps),
     }
 

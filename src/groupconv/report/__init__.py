@@ -1,6 +1,6 @@
 """What a run found, for people: terminal table and HTML page. Works on the plain report alone."""
 
-from groupconv.report.page import render_page
-from groupconv.report.table import summary_table
+from groupconv.report.page import render_frontier, render_page
+from groupconv.report.table import baseline_table, frontier_table, summary_table
 
-__all__ = ["render_page", "summary_table"]
+__all__ = ["baseline_table", "frontier_table", "render_frontier", "render_page", "summary_table"]

@@ -1,7 +1,7 @@
 """The pictures of a report, as SVG text."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -11,31 +11,17 @@ _BEFORE, _AFTER, _FITTED = "#8a8f98", "#0b6e4f", "#e0a030"
 
 def frontier(report: Mapping[str, Any]) -> str:
     """Accuracy (or agreement with the original) against latency: before, refitted, recovered."""
-    labelled = report["accuracy"]["before"] is not None
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     ms = {key: 1e3 * value for key, value in report["latency"].items()}
-    if labelled:
-        heights = {key: 100 * value for key, value in report["accuracy"].items()}
-        fitted = 100 * report["accuracy_before_recovery"]
-        axes.set_ylabel("top-1 accuracy, %")
-    elif report["agreement"] is not None:
-        heights = {"before": 100.0, "after": 100 * report["agreement"]}
-        fitted = 100 * report["agreement_before_recovery"]
-        axes.set_ylabel("same top-1 class as the original, %")
-    else:
-        heights = {"before": 0.0, "after": 100 * report["output_error"]}
-        fitted = heights["after"]
-        axes.set_ylabel("relative error of the output, %")
+    what, heights, fitted = _quality(report)
+    axes.set_ylabel(what)
     if abs(fitted - heights["after"]) > 1e-9:
         axes.plot(
             ms["after"], fitted, "D", ms=7, color=_FITTED, label="refitted, not yet recovered"
         )
     for key, colour, label in (("before", _BEFORE, "original"), ("after", _AFTER, "optimized")):
-        bars = None
-        if labelled:
-            low, high = report["accuracy_interval"][key]
-            bars = [[heights[key] - 100 * low], [100 * high - heights[key]]]
+        bars = _interval(report, key)
         axes.errorbar(
             ms[key], heights[key], yerr=bars, fmt="o", ms=8, capsize=4, color=colour, label=label
         )
@@ -47,17 +33,16 @@ def frontier(report: Mapping[str, Any]) -> str:
     )
     batch = report["settings"]["batch_size"]
     axes.set_xlabel(f"measured latency on {report['settings']['target']}, ms (batch {batch})")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.12 * max(ms.values()))
     axes.margins(y=0.25)
     axes.grid(alpha=0.25)
     axes.legend(loc="best", frameon=False, fontsize=9)
     return _svg(figure)
 
 
-def layer_bars(report: Mapping[str, Any]) -> str:
-    """Measured time of every layer that could change, before and after."""
-    layers = report["layers"]
-    figure = Figure(figsize=(7.6, 0.8 + 0.34 * max(len(layers), 1)), layout="constrained")
+def layer_bars(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Measured time of every layer that could change, before and after; at least one."""
+    figure = Figure(figsize=(8.4, 1.1 + 0.38 * len(layers)), layout="constrained")
     axes = figure.subplots()
     rows = range(len(layers))
     for shift, key, colour, label in (
@@ -71,17 +56,87 @@ def layer_bars(report: Mapping[str, Any]) -> str:
             color=colour,
             label=label,
         )
-    names = [
-        layer["name"] + (f"  (G={layer['groups']})" if layer["groups"] > 1 else "  (dense)")
-        for layer in layers
-    ]
-    axes.set_yticks(list(rows), names, fontsize=8)
-    axes.invert_yaxis()
+    names = [f"{_shortened(layer['name'])}\n{layer['structure']}" for layer in layers]
+    axes.set_yticks(list(rows), names, fontsize=7.5, linespacing=1.1)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_xlabel("measured time of the layer, ms")
     axes.grid(axis="x", alpha=0.25)
-    if layers:
-        axes.legend(loc="best", frameon=False, fontsize=9)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def sweep_picture(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Quality against latency of several runs on one network, each named by its budget.
+
+    A line joins those that no other run beats in both.
+    """
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    points = []
+    for report in reports:
+        # Each beside the original in the same run: shares of its time compare across runs.
+        x, (what, heights, _) = 100 / report["speedup"], _quality(report)
+        points.append((x, heights["after"], report["settings"]["budget"]))
+        axes.errorbar(x, heights["after"], yerr=_interval(report, "after"), fmt="o", color=_AFTER,
+                      ecolor="#a9cfc1", capsize=3)  # fmt: skip
+    axes.errorbar(100.0, heights["before"], yerr=_interval(report, "before"), fmt="o",
+                  color=_BEFORE, ecolor="#d0d3d8", capsize=3)  # fmt: skip
+    axes.annotate("original", (100.0, heights["before"]), textcoords="offset points",
+                  xytext=(6, -3), fontsize=8)  # fmt: skip
+    original = (100.0, heights["before"])
+    less_is_better = what.startswith("relative error")
+    best = _best([*((x, y) for x, y, _ in points), original], -1.0 if less_is_better else 1.0)
+    axes.plot([x for x, _ in best], [y for _, y in best], color=_AFTER, lw=1, zorder=1)
+    # Away from the line, which rises to the right where more is better.
+    up = (-5, -10) if less_is_better else (-5, 4)
+    for x, y, name in points:
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=up, ha="right", fontsize=8)
+    settings = reports[0]["settings"]
+    axes.set_xlabel(
+        f"latency on {settings['target']}, % of the original's (batch {settings['batch_size']})"
+    )
+    axes.set_ylabel(what)
+    axes.set_xlim(0, 1.2 * max(100.0, *(x for x, _, _ in points)))
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    return _svg(figure)
+
+
+def _best(points: Sequence[tuple[float, float]], sign: float) -> list[tuple[float, float]]:
+    """The points that none beats, from left to right; more of ``sign`` times height is better."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not best or sign * y > sign * best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def _shortened(name: str, most: int = 48) -> str:
+    return name if len(name) <= most else "…" + name[-most:]
+
+
+def _interval(report: Mapping[str, Any], key: str) -> list[list[float]] | None:
+    """The 95% interval of an accuracy as lengths below and above it, in points."""
+    if report["accuracy"][key] is None:
+        return None
+    low, high = report["accuracy_interval"][key]
+    value = report["accuracy"][key]
+    return [[100 * (value - low)], [100 * (high - value)]]
+
+
+def _quality(report: Mapping[str, Any]) -> tuple[str, dict[str, float], float]:
+    """What is drawn, its values before and after, and before recovery."""
+    if report["accuracy"]["before"] is not None:
+        heights = {key: 100 * value for key, value in report["accuracy"].items()}
+        return "top-1 accuracy, %", heights, 100 * report["accuracy_before_recovery"]
+    if report["agreement"] is not None:
+        heights = {"before": 100.0, "after": 100 * report["agreement"]}
+        fitted = 100 * report["agreement_before_recovery"]
+        return "same top-1 class as the original, %", heights, fitted
+    error = 100 * report["output_error"]
+    return "relative error of the output, %", {"before": 0.0, "after": error}, error
 
 
 def _svg(figure: Figure) -> str:

@@ -1,9 +1,14 @@
 """The figures of a report in rows, for the terminal and for the page alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+
+
+def faster(speedup: float) -> str:
+    """A quotient of two latencies in words."""
+    return f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -34,7 +39,7 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
             f"latency, batch {batch}",
             f"{1e3 * before:.3f} ms",
             f"{1e3 * after:.3f} ms",
-            f"{report['speedup']:.2f}x faster",
+            faster(report["speedup"]),
         )
     )
     return rows
@@ -54,5 +59,66 @@ def summary_table(report: Mapping[str, Any]) -> Table:
     for column, justify in (("", "left"), ("before", "right"), ("after", "right"), ("", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in summary_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def frontier_rows(reports: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A header, and what came of each budget."""
+    rows: list[tuple[str, ...]] = [("budget", "latency", "change", "MACs", "parameters", "quality")]
+    for report in reports:
+        quality = _quality({**report, "accuracy": report["accuracy"]["after"]})
+        shares = [report[key]["after"] / report[key]["before"] for key in ("macs", "params")]
+        rows.append(
+            (
+                report["settings"]["budget"],
+                f"{1e3 * report['latency']['after']:.3f} ms",
+                faster(report["speedup"]),
+                *(f"{100 * share:.1f}%" for share in shares),
+                quality,
+            )
+        )
+    return rows
+
+
+def frontier_table(reports: Sequence[Mapping[str, Any]]) -> Table:
+    """The same for the terminal."""
+    settings = reports[0]["settings"]
+    return _table(f"{settings['model']} on {settings['target']}", frontier_rows(reports))
+
+
+def baseline_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A header, and what each baseline gives on the same images; a reason where it gives none."""
+    rows: list[tuple[str, ...]] = [("network", "latency", "MACs", "quality")]
+    for row in report["baselines"]:
+        if "why_not" in row:
+            rows.append((row["name"], "", "", row["why_not"]))
+        else:
+            cells = (f"{1e3 * row['latency']:.3f} ms", f"{row['macs'] / 1e6:,.3f} M")
+            rows.append((row["name"], *cells, _quality(row)))
+    return rows
+
+
+def baseline_table(report: Mapping[str, Any]) -> Table:
+    """The same for the terminal."""
+    return _table("Beside it, on the same images and without recovery", baseline_rows(report))
+
+
+def _quality(row: Mapping[str, Any]) -> str:
+    """What is known of a network's outputs: accuracy, else agreement, else error."""
+    if row["accuracy"] is not None:
+        return f"accuracy {100 * row['accuracy']:.2f}%"
+    if row["agreement"] is not None:
+        return f"same class {100 * row['agreement']:.2f}%"
+    return f"output error {row['output_error']:.4f}"
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under a header; the first column is text, the others are figures."""
+    table = Table(title=title)
+    header, *body = rows
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if i else "left")
+    for row in body:
         table.add_row(*row)
     return table

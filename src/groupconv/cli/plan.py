@@ -1,0 +1,76 @@
+"""``groupconv plan``: what optimize would do, to be looked at and edited before it is done."""
+
+import json as json_format
+from collections.abc import Mapping
+
+from rich.table import Table
+from torch import nn
+
+import groupconv
+from groupconv.cli import options as opt
+from groupconv.cli.console import JsonFlag, people, print_json, show_progress
+from groupconv.cli.models import load_data, load_trained
+from groupconv.data import load_images
+from groupconv.kernels.spec import ConvSpec
+from groupconv.optimize.convert import structure_of
+from groupconv.optimize.plan import PLAN
+from groupconv.optimize.structure import DENSE, macs
+from groupconv.optimize.trace import trace
+
+
+def plan(
+    model: opt.Model,
+    data: opt.Data,
+    out: opt.Out,
+    weights: opt.Weights = None,
+    budget: opt.Budget = None,
+    target: opt.Target = "eager",
+    keep: opt.Keep = None,
+    round_to: opt.RoundTo = 1,
+    test: opt.Test = None,
+    batch_size: opt.BatchSize = 1,
+    max_images: opt.MaxImages = 1024,
+    image_size: opt.ImageSize = 224,
+    seed: opt.Seed = 0,
+    json: JsonFlag = False,
+) -> None:
+    """Choose a structure for every layer and write plan.json; groupconv apply carries it out."""
+    show_progress()
+    net = load_trained(model, weights)
+    made = groupconv.plan(
+        net,
+        load_data(data),
+        budget=budget or opt.DEFAULT_BUDGET,
+        target=target,
+        keep=keep or opt.DEFAULT_KEEP,
+        round_to=round_to,
+        out=out,
+        seed=seed,
+        test=None if test is None else load_data(test),
+        batch_size=batch_size,
+        max_images=max_images,
+        image_size=image_size,
+    )
+    if json:
+        print_json(json_format.loads(made.to_json()))
+        return
+    few = load_images(load_data(data), limit=2, image_size=image_size, seed=seed)
+    layers = {conv.name: conv.spec for conv in trace(net, (few.images,)).convs}
+    people.print(_table(net, made, layers))
+    people.print(f"written to {out / PLAN}; edit it and run groupconv apply", soft_wrap=True)
+
+
+def _table(net: nn.Module, made: groupconv.Plan, layers: Mapping[str, ConvSpec]) -> Table:
+    """Every layer that could change, in the order in which they run."""
+    table = Table(title=f"{type(net).__name__} on {made.target}, budget {made.budget}")
+    table.add_column("layer", overflow="fold")
+    table.add_column("structure", overflow="fold")
+    table.add_column("MACs, M", justify="right", no_wrap=True)
+    table.add_column("why", ratio=1)
+    for name, dense in layers.items():
+        if name in made.reasons:
+            structure = structure_of(made.layers.get(name, DENSE))
+            before, after = (macs(s, dense) / 1e6 for s in (DENSE, structure))
+            change = f"{before:,.2f}" if structure == DENSE else f"{before:,.2f} -> {after:,.2f}"
+            table.add_row(name, str(structure), change, made.reasons[name])
+    return table

@@ -1,0 +1,216 @@
+"""The steps that carry a plan out: convert, refit, recover, evaluate, report."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from groupconv.data import Images
+from groupconv.optimize.beside import beside
+from groupconv.optimize.choose import Decision
+from groupconv.optimize.convert import Converted, convert, structure_of
+from groupconv.optimize.evaluate import Quality, compare
+from groupconv.optimize.job import Job
+from groupconv.optimize.latency import layer_times
+from groupconv.optimize.plan import Plan, save_weights
+from groupconv.optimize.recover import distil, reestimate_batch_norm
+from groupconv.optimize.refit import refit
+from groupconv.optimize.structure import DENSE
+from groupconv.optimize.summary import LayerRow, summarize, write_report
+
+log = logging.getLogger(__name__)
+
+_CHECK_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Result:
+    """A converted network.
+
+    Args:
+        model: the network, in evaluation mode.
+        plan: which layers were changed, and why.
+        report: accuracy, latency (seconds), MACs and parameters before and after, and the same
+            per layer; plain numbers and text, as in ``report.json``.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How plans of one run are carried out.
+
+    Args:
+        job: the run.
+        held_out: images to report on.
+        recover: as the user wrote it.
+        seconds: of distillation, 0 for batch norm alone, None for no recovery.
+        min_accuracy: see :func:`optimize`, or None.
+        baselines: whether to build and measure them beside each result.
+    """
+
+    job: Job
+    held_out: Images
+    recover: str
+    seconds: float | None
+    min_accuracy: float | None
+    baselines: bool
+
+    def __call__(
+        self, plan: Plan, decisions: Mapping[str, Decision], folder: Path | None
+    ) -> Result:
+        """Carry out a plan and write the results.
+
+        Args:
+            plan: legal for the network.
+            decisions: what it comes from, for the report; none where a person wrote it.
+            folder: for the results, or None.
+        """
+        job = self.job
+        while True:
+            converted, losses, refitted, fitted, quality = self._fit(plan)
+            score = (
+                quality.accuracy_after if quality.accuracy_after is not None else quality.agreement
+            )
+            if self.min_accuracy is None or not plan.layers or (score or 0) >= self.min_accuracy:
+                break
+            worst = max(plan.layers, key=lambda name: _cost(name, decisions, losses))
+            log.info("%.2f%% is below the floor: %s is dense again", 100 * (score or 0), worst)
+            why = f"dense: without it the accuracy was {score:.4f}, the floor {self.min_accuracy}"
+            plan = replace(
+                plan,
+                layers={name: x for name, x in plan.layers.items() if name != worst},
+                reasons={**plan.reasons, worst: why},
+            )
+        with job.step("evaluate"):
+            latency = job.latency(converted.model)
+        report = summarize(
+            model=job.model,
+            net=converted.model,
+            layers=self._rows(plan, decisions, converted, losses),
+            left=job.mapped.skipped,
+            fitted=fitted,
+            quality=quality,
+            latency=latency,
+            macs=(job.macs, job.count_macs(converted.model)),
+            steps=job.steps,
+            settings={
+                "model": job.name,
+                "budget": plan.budget,
+                "target": job.target.name,
+                "recover": self.recover,
+                "seed": job.seed,
+                "batch_size": job.batch_size,
+                "input_shape": list(job.images.images.shape[1:]),
+                "data": job.images.source,
+                "calibration_images": len(job.images),
+                "test_data": self.held_out.source,
+            },
+        )
+        if self.baselines and plan.layers:
+            with job.step("baselines"):
+                report["baselines"] = beside(job, plan.layers, refitted, self.held_out)
+        if folder is not None:
+            save_weights(folder, converted.model, converted.edits, job.folded, job.baked)
+            write_report(folder, plan, report)
+        return Result(converted.model, plan, report)
+
+    def _fit(self, plan: Plan) -> tuple[Converted, dict[str, float], nn.Module, Quality, Quality]:
+        """The network, the losses of its layers, and what it was before recovery; how good both."""
+        job = self.job
+        converted = convert(job.model, job.mapped, plan.layers)
+        with job.step("refit"):
+            losses = refit(job.model, converted, job.sampling, job.store("refit"), job.importance)
+        fitted = compare(job.model, converted.model, self.held_out)
+        log.info("refitted: %s", _in_words(fitted))
+        if self.seconds is None or not converted.placed:
+            return converted, losses, converted.model, fitted, fitted
+        net, refitted = converted.model, copy.deepcopy(converted.model)
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+            with job.step("batch norm"):
+                self._reestimate(net)
+        if self.seconds:
+            with job.step("distil"):
+                count = distil(job.model, net, job.shuffled, self.seconds)
+            log.info("distilled for %d steps", count)
+        quality = compare(job.model, net, self.held_out)
+        log.info("recovered: %s", _in_words(quality))
+        return converted, losses, refitted, fitted, quality
+
+    def _reestimate(self, net: nn.Module) -> None:
+        """Re-estimate batch norm, and go back where that takes the output further away.
+
+        It helps where the layers lost much; where the refit kept the statistics, it adds noise.
+        """
+        job = self.job
+        sample = Images(job.images.images[:_CHECK_IMAGES], None, job.images.source)
+        fitted = {name: value.clone() for name, value in net.named_buffers()}
+        before = compare(job.model, net, sample).output_error
+        reestimate_batch_norm(net, job.batches())
+        after = compare(job.model, net, sample).output_error
+        log.info("batch norm re-estimated: output error %.4f, %.4f before", after, before)
+        if after > before:
+            log.info("batch norm: re-estimate not kept")
+            for name, value in net.named_buffers():
+                value.copy_(fitted[name])
+
+    def _rows(
+        self,
+        plan: Plan,
+        decisions: Mapping[str, Decision],
+        converted: Converted,
+        losses: Mapping[str, float],
+    ) -> list[LayerRow]:
+        """The layers of the report: all that were decided on, or those of the plan."""
+        job, edits = self.job, converted.edits
+        convs = [c for c in job.mapped.convs if c.name in decisions or c.name in plan.layers]
+        structures = {conv.name: structure_of(plan.layers.get(conv.name, DENSE)) for conv in convs}
+        permuted = {
+            name: (edit.order_in is not None, edit.order_out is not None)
+            for name, edit in edits.items()
+        }
+        # Measured already where they were chosen by their times.
+        timed = {
+            conv.name: (
+                conv,
+                [
+                    (DENSE, False, False),
+                    (structures[conv.name], *permuted.get(conv.name, (False, False))),
+                ],
+            )
+            for conv in convs
+        }
+        times = layer_times(timed, job.target, job.table, job.batch_size)
+        return [
+            LayerRow(
+                conv.name,
+                conv.spec,
+                structures[conv.name],
+                sum(permuted.get(conv.name, ())),
+                (times[conv.name][0], times[conv.name][1]),
+                decisions[conv.name].candidate.loss if conv.name in decisions else None,
+                losses.get(conv.name, 0.0),
+                plan.reasons.get(conv.name, "as the plan has it"),
+            )
+            for conv in convs
+        ]
+
+
+def _cost(name: str, decisions: Mapping[str, Decision], losses: Mapping[str, float]) -> float:
+    """What a layer costs the network, as far as it is known."""
+    return decisions[name].error if name in decisions else losses[name]
+
+
+def _in_words(quality: Quality) -> str:
+    if quality.accuracy_after is not None and quality.accuracy_before is not None:
+        return f"accuracy {quality.accuracy_after:.2%} (original {quality.accuracy_before:.2%})"
+    if quality.agreement is not None:
+        return f"top-1 agreement with the original {quality.agreement:.2%}"
+    return f"relative output error {quality.output_error:.4f}"

@@ -1,0 +1,78 @@
+"""How much the network's output follows each output channel of its layers.
+
+Errors of a layer's channels are not worth the same: one that a later layer hardly reads, or that a
+batch norm scales down, may be off by far. To first order an error ``e`` in the outputs ``y`` of a
+layer moves the network's output by ``J e``; the mean square of ``J^T v`` over images and positions,
+with v random signs, weighs the channels (Hutchinson 1990,
+https://doi.org/10.1080/03610919008812866). No parameter is changed.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.optimize.evaluate import run
+
+log = logging.getLogger(__name__)
+
+# Weights below this share of a layer's mean are raised to it: a channel must not be lost for good.
+_LEAST = 1e-2
+
+
+def output_importance(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Weights of the output channels of some layers, mean 1 in each.
+
+    Args:
+        model: in evaluation mode.
+        names: of its convolutions.
+        batches: ``(N, C, H, W)``.
+        seed: of the signs.
+
+    Returns:
+        layer name to ``(C_out,)``, in float64. All are equal where the network's output does not
+        depend on a layer in a way that can be differentiated.
+    """
+    squares: dict[str, Tensor] = {}
+
+    def watch(name: str, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            dims = [0, *range(2, gradient.ndim)]
+            found = gradient.double().square().sum(dims).cpu()
+            squares[name] = squares.get(name, 0.0) + found
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: watch(name, output)
+        )
+        for name in names
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                x = batch.detach().requires_grad_()
+                output = run(model, x)
+                if output.requires_grad:
+                    signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
+                    # By the input: no parameter's gradient is touched.
+                    torch.autograd.grad((output * signs.to(output)).sum(), x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name in names:
+        weights = squares.get(name)
+        if weights is None or not torch.isfinite(weights).all() or not weights.any():
+            log.info("%s: its outputs all count alike: the output has no gradient there", name)
+            channels = model.get_submodule(name).out_channels
+            weights = torch.ones(channels, dtype=torch.float64)  # type: ignore[arg-type]
+        weights = weights / weights.mean()
+        result[name] = weights.clamp_min(_LEAST)
+    return result

@@ -1,0 +1,166 @@
+"""One run: the network made ready, its images in batches, and what it is measured with."""
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.data import Images
+from groupconv.optimize.bake import bake
+from groupconv.optimize.cost import count_macs
+from groupconv.optimize.evaluate import run
+from groupconv.optimize.fold import fold_permutations
+from groupconv.optimize.importance import output_importance
+from groupconv.optimize.moments import Sampling
+from groupconv.optimize.store import Store, fingerprint
+from groupconv.optimize.survey import Searches
+from groupconv.optimize.trace import trace
+from groupconv.targets import LatencyTable, Target
+from groupconv.timing import Timing, interleave
+from groupconv.version import __version__
+
+log = logging.getLogger(__name__)
+
+_MOMENT_IMAGES = 2_048
+_MAX_POSITIONS = 20_000
+# Images of a batch, at most, and pixels: the activations of 41 images of 224 x 224 take about 1 GB.
+_BATCH, _PIXELS = 128, 1 << 21
+# A backward pass keeps all activations of a batch.
+_IMPORTANCE_IMAGES, _IMPORTANCE_BATCH = 64, 16
+
+
+class Job:
+    """The network of a run, its norms of weights baked and its permutations folded; and tools.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        images: for calibration.
+        target: the runtime whose time counts.
+        seed: of every random choice.
+        batch_size: images per call when latency is measured.
+        folder: for the results, or None.
+
+    Attributes:
+        name: of the network's class.
+        model: the network made ready.
+        mapped: its trace.
+        importance: layer name to what its output channels count.
+        baked, folded: what was changed in it, by name.
+        macs: of one image.
+        steps: seconds of each step so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        target: Target,
+        *,
+        seed: int,
+        batch_size: int,
+        folder: Path | None,
+    ) -> None:
+        self.name = type(model).__name__
+        self.images, self.target, self.seed, self.batch_size = images, target, seed, batch_size
+        self.pixels = math.prod(images.images.shape[2:])
+        self.device = next(model.parameters()).device
+        self.folder = folder
+        self.table = LatencyTable(None if folder is None else folder / "latency.json")
+        if self.table.reused:
+            log.info("reusing %d measured times of %s", len(self.table.reused), self.table.path)
+        self.steps: dict[str, float] = {}
+        with self.step("trace"):
+            run(model, self.example(1))
+            model, self.baked = bake(model)
+            if self.baked:
+                log.info("norms of weights made plain: %s", ", ".join(self.baked))
+            self.model, self.folded = fold_permutations(model, (self.example(2),))
+            self.mapped = trace(self.model, (self.example(2),))
+            self.macs = self.count_macs(self.model)
+        for name, reason in self.mapped.skipped.items():
+            log.info("left as it is: %s (%s)", name, reason)
+        self.sampling = Sampling(
+            self._moment_batches, min(len(images), _MOMENT_IMAGES), _MAX_POSITIONS, seed
+        )
+        with self.step("importance"):
+            names = [conv.name for conv in self.mapped.convs]
+            sample = self.images.images[:_IMPORTANCE_IMAGES].split(_IMPORTANCE_BATCH)
+            batches = (batch.to(self.device) for batch in sample)
+            self.importance = output_importance(self.model, names, batches, seed)
+        self.searches = Searches(self.model, self.mapped.convs, self.sampling, self.importance)
+
+    def store(self, *options: object) -> Store:
+        """Where the finished parts of this run are kept; they depend on the options too."""
+        if self.folder is None:
+            return Store(None, "")
+        tensors = [*self.model.state_dict().items(), ("images", self.images.images)]
+        inputs = fingerprint(tensors, __version__, self.seed, self.name, *options)
+        return Store(self.folder, inputs)
+
+    def count_macs(self, net: nn.Module) -> int:
+        """Multiply-adds of one image."""
+        return count_macs(net, (self.example(1),))
+
+    def known_latency(self, net: nn.Module, name: str) -> tuple[Timing, Timing]:
+        """As :meth:`latency`, kept in the table under a name: one table gives one plan."""
+        shapes = [(key, tuple(value.shape)) for key, value in self.model.state_dict().items()]
+        example = (self.example(self.batch_size),)
+        network = repr((self.name, shapes, tuple(example[0].shape), name))
+        digest = hashlib.sha256(network.encode()).hexdigest()[:16]
+        before, after = (f"{self.target.name} network {digest} {x}" for x in ("before", "after"))
+        builds = {
+            before: lambda: self.target.build(self.model, example),
+            after: lambda: self.target.build(net, example),
+        }
+        times = self.table.measure(builds, seconds=1.5)
+        return times[before], times[after]
+
+    def latency(self, net: nn.Module) -> tuple[Timing, Timing]:
+        """The original and another network in one interleaved run."""
+        example = (self.example(self.batch_size),)
+        calls = {
+            "before": self.target.build(self.model, example),
+            "after": self.target.build(net, example),
+        }
+        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400)
+        return timings["before"], timings["after"]
+
+    def example(self, batch: int) -> Tensor:
+        """Real images, repeated if there are too few."""
+        index = torch.arange(batch) % len(self.images)
+        return self.images.images[index].to(self.device)
+
+    def batches(self) -> Iterator[Tensor]:
+        """All calibration images."""
+        for batch in _parts(self.images.images, self.pixels):
+            yield batch.to(self.device)
+
+    def shuffled(self, epoch: int) -> Iterator[Tensor]:
+        """The same in another order for each epoch."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        for index in _parts(torch.randperm(len(self.images), generator=generator), self.pixels):
+            yield self.images.images[index].to(self.device)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Note how long a step takes."""
+        start = time.perf_counter()
+        yield
+        self.steps[name] = self.steps.get(name, 0.0) + time.perf_counter() - start
+        log.info("%s: %.1f s", name, self.steps[name])
+
+    def _moment_batches(self) -> Iterator[Tensor]:
+        for batch in _parts(self.images.images[:_MOMENT_IMAGES], self.pixels):
+            yield batch.to(self.device)
+
+
+def _parts(items: Tensor, pixels: int) -> Sequence[Tensor]:
+    """Batches of nearly equal size: a last one of a single image would break batch norm."""
+    size = min(_BATCH, max(_PIXELS // pixels, 2))
+    return items.tensor_split(math.ceil(len(items) / size))

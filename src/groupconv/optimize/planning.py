@@ -1,0 +1,112 @@
+"""The steps that make a plan: survey the layers, choose structures, settle their channels."""
+
+import fnmatch
+import logging
+import math
+from collections.abc import Sequence
+
+from groupconv.errors import ArgumentError
+from groupconv.optimize.budget import Budget
+from groupconv.optimize.choose import Decision, choose
+from groupconv.optimize.job import Job
+from groupconv.optimize.latency import layer_times
+from groupconv.optimize.plan import Plan
+from groupconv.optimize.settle import settle
+from groupconv.optimize.structure import DENSE
+from groupconv.optimize.survey import Survey, menus_and_sensitivities
+from groupconv.optimize.trace import Trace, TracedConv
+
+log = logging.getLogger(__name__)
+
+# What `keep` calls the first convolution, and those that make the network's output.
+FIRST, LAST = "first", "last"
+
+
+class Planner:
+    """Plans for one network, under any number of budgets.
+
+    Args:
+        job: the run.
+        keep: names or patterns of layers to leave as they are; "first" and "last" too.
+        round_to: channels per group, and between the convolutions of a pair, are multiples of it.
+
+    Raises:
+        ArgumentError: a pattern matches no convolution.
+    """
+
+    def __init__(self, job: Job, keep: Sequence[str], round_to: int) -> None:
+        self.job = job
+        convs = _eligible(job.mapped, keep)
+        log.info("%d of %d convolutions can be changed", len(convs), len(job.mapped.convs))
+        with job.step("survey"):
+            surveyed = menus_and_sensitivities(
+                job.mapped,
+                convs,
+                job.searches,
+                job.store("survey", round_to, [conv.name for conv in convs]),
+                job.images.images.to(job.device),
+                macs=job.macs,
+                round_to=round_to,
+            )
+        with job.step("measure"):
+            layers = {
+                conv.name: (
+                    conv,
+                    [(c.structure, c.permute_in, c.permute_out) for c in surveyed[0][conv.name]],
+                )
+                for conv in convs
+            }
+            times = layer_times(layers, job.target, job.table, job.batch_size)
+        self.survey = Survey(*surveyed, times)
+
+    def plan(self, budgets: Sequence[Budget]) -> tuple[Plan, dict[str, Decision]]:
+        """The plan that loses least within the budgets, and what was decided for each layer.
+
+        Raises:
+            BudgetError: nothing on the menus meets them.
+        """
+        job = self.job
+        with job.step("select"):
+            decisions = choose(
+                job.model, job.mapped, self.survey, budgets, job.known_latency, macs=job.macs
+            )
+        with job.step("settle"):
+            chosen = {name: decision.candidate for name, decision in decisions.items()}
+            slopes = {
+                name: self.survey.sensitivities[name].slope(candidate.loss)
+                for name, candidate in chosen.items()
+                if candidate.structure != DENSE
+            }
+            layers = settle(job.mapped, chosen, slopes, job.searches)
+        reasons = {name: decision.why for name, decision in decisions.items()}
+        text = ", ".join(budget.text for budget in budgets)
+        return Plan(layers, reasons, text, job.target.name, job.seed), decisions
+
+
+def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
+    """Dense convolutions that can be replaced and that the user does not keep."""
+    names = [conv.name for conv in mapped.convs]
+    special = {FIRST: names[:1], LAST: [c.name for c in mapped.convs if _makes_output(mapped, c)]}
+    kept: set[str] = set()
+    for pattern in keep:
+        found = special.get(pattern, fnmatch.filter(names, pattern))
+        if not found and pattern not in special:
+            raise ArgumentError(
+                f"keep={pattern!r} matches no convolution; they are {', '.join(names)}, and "
+                f"{FIRST!r} and {LAST!r} name the ends of the network"
+            )
+        kept.update(found)
+    return [
+        conv
+        for conv in mapped.convs
+        if conv.spec.groups == 1
+        and not conv.spec.transposed
+        and math.gcd(conv.spec.in_channels, conv.spec.out_channels) > 1
+        and conv.name not in kept
+    ]
+
+
+def _makes_output(mapped: Trace, conv: TracedConv) -> bool:
+    """Whether the channels that a layer writes are those of the network's output."""
+    reasons = {mapped.spaces[space].fixed for space in conv.outputs.spaces}
+    return any(reason is not None and reason.startswith("output of") for reason in reasons)

@@ -1,0 +1,165 @@
+"""What a layer's loss costs the network, measured at its output.
+
+A structure stands in place of a layer, its weights fitted, everything else left as it was, and the
+network's output is compared with what it was. Two of a kind, a gentle and a harsh one, give the
+error of the output as a power of the layer's loss; the others of that kind are read off the curve.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.optimize.evaluate import outputs
+from groupconv.optimize.menu import SWEEPS, Candidate
+from groupconv.optimize.pair import fit_pair
+from groupconv.optimize.partition import Partition
+from groupconv.optimize.schur import Regression
+from groupconv.optimize.structure import DENSE, Pair
+
+# Losses outside these change the output by too little to be measured, or leave nothing of it.
+_LEAST, _MOST = 1e-4, 0.5
+# How the error usually grows with the loss, where only one cut was measured.
+_POWER = 1.25
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The error of the network's output as ``scale * loss**power``.
+
+    Errors are squared differences over the variance of the output between images.
+    """
+
+    scale: float
+    power: float
+
+    def error(self, loss: float) -> float:
+        return self.scale * loss**self.power if loss > 0 else 0.0
+
+    def slope(self, loss: float) -> float:
+        """How fast the error grows with the loss."""
+        return self.scale * self.power * max(loss, _LEAST) ** (self.power - 1)
+
+
+class Trials:
+    """Structures in place of single layers, tried in the network.
+
+    Args:
+        model: in evaluation mode.
+        images: ``(N, C, H, W)``, N at least 2.
+        importance: layer name to what its output channels count in its regression; where it has
+            none all count alike.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model, self.images, self.importance = model, images, importance or {}
+        self.exact = outputs(model, images)
+        spread = (self.exact - self.exact.mean(0)).square().sum()
+        self.spread = float(spread.clamp_min(1e-30))
+
+    def sensitivity(
+        self, name: str, problem: Regression, candidates: Sequence[Candidate]
+    ) -> Sensitivity:
+        """Measured with the gentlest and the harshest of some candidates.
+
+        Args:
+            name: of the layer.
+            problem: its regression.
+            candidates: of one kind, from its menu; the dense layer is passed over.
+        """
+        found = [
+            (candidate.loss, self._error(name, problem, candidate))
+            for candidate in _ends(candidates)
+        ]
+        if not found:
+            return Sensitivity(1.0, _POWER)
+        if len(found) == 1:
+            ((loss, error),) = found
+            return Sensitivity(error / max(loss, _LEAST) ** _POWER, _POWER)
+        (least, small), (most, large) = found
+        # More loss is never better, however few the images.
+        power = max(math.log(large / small) / math.log(most / least), 0.0)
+        return Sensitivity(small / least**power, power)
+
+    def _error(self, name: str, problem: Regression, candidate: Candidate) -> float:
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        if candidate.partition is not None:
+            weight = refitted(problem, layer.weight, candidate.partition)
+        else:
+            assert isinstance(candidate.structure, Pair)
+            weight = fit_pair(problem, candidate.structure, sweeps=SWEEPS).dense()
+            if name in self.importance:
+                weight = weight / self.importance[name].sqrt()[:, None]
+            weight = weight.reshape(layer.weight.shape)
+        with _replaced(layer, weight.to(layer.weight)):
+            moved = outputs(self.model, self.images)
+        return max(float((moved - self.exact).square().sum()) / self.spread, 1e-12)
+
+
+def _loss(candidate: Candidate) -> float:
+    return candidate.loss
+
+
+def _ends(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """What to try: the gentlest and the harshest, if they differ, or one."""
+    cuts = [c for c in candidates if c.structure != DENSE and c.loss > 0]
+    within = [c for c in cuts if _LEAST <= c.loss <= _MOST]
+    if not within:
+        # The nearest: of those above the gentlest, or else of those below the harshest.
+        above = [c for c in cuts if c.loss > _MOST]
+        nearest = min(above, key=_loss) if above else max(cuts, key=_loss, default=None)
+        return [] if nearest is None else [nearest]
+    least, most = min(within, key=_loss), max(within, key=_loss)
+    return [least, most] if most.loss > 1.2 * least.loss else [least]
+
+
+def refitted(problem: Regression, weight: Tensor, partition: Partition) -> Tensor:
+    """The trained weights cut into groups; what is cut is predicted by what is kept.
+
+    Args:
+        problem: of the layer in the original network, where the outputs are the weights times the
+            inputs: the best weights of a group are ``W H_:S H_SS^-1``.
+        weight: ``(C_out, C_in, *k)``.
+        partition: the groups.
+
+    Returns:
+        as ``weight``, in the same order, zero between the groups.
+    """
+    dense = weight.detach().double().cpu().flatten(1)
+    # The separable problem has one input per channel: each tap is fitted alike.
+    by_input = dense.reshape(len(dense), len(problem.h), -1).transpose(1, 2)
+    result = torch.zeros_like(by_input)
+    taps = torch.arange(result.shape[1])
+    for inputs, rows in zip(
+        torch.tensor(partition.in_order).chunk(partition.groups),
+        torch.tensor(partition.out_order).chunk(partition.groups),
+        strict=True,
+    ):
+        kept = problem.rows(inputs)
+        factor = torch.linalg.cholesky(problem.h[kept[:, None], kept])
+        predicts = torch.cholesky_solve(problem.h[kept], factor)
+        result[rows[:, None, None], taps[:, None], kept] = by_input[rows] @ predicts.T
+    return result.transpose(1, 2).reshape(weight.shape)
+
+
+@contextmanager
+def _replaced(layer: nn.modules.conv._ConvNd, weight: Tensor) -> Iterator[None]:
+    """Another weight for a while; the mean of every output stays as it was."""
+
+    def swap(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        moved = layer._conv_forward(args[0], weight, layer.bias)
+        off = (output - moved).mean([0, *range(2, output.ndim)], keepdim=True)
+        return moved + off
+
+    handle = layer.register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()

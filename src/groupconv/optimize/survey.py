@@ -1,0 +1,192 @@
+"""What is known of every layer before anything is chosen: menus, losses, what they cost, times."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from groupconv.optimize.covariance import Moments, SeparableMoments
+from groupconv.optimize.menu import Candidate, freedom, menu
+from groupconv.optimize.moments import EXACT, Sampling, layer_moments
+from groupconv.optimize.partition import Partition
+from groupconv.optimize.schur import Regression
+from groupconv.optimize.search import Search
+from groupconv.optimize.sensitivity import Sensitivity, Trials
+from groupconv.optimize.store import Store
+from groupconv.optimize.structure import Pair, from_dict, to_dict
+from groupconv.optimize.trace import Trace, TracedConv
+
+log = logging.getLogger(__name__)
+
+# Sums of several layers are filled in one pass over the images, up to so many bytes.
+_SUMS_BYTES = 1 << 30
+# Multiply-adds to spend on trying cuts in the network, and the images to try them on.
+_TRIAL_MACS = 2e12
+_TRIALS = 4
+_TRIAL_IMAGES = (16, 256)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The candidates of every layer that can be cut, dense first.
+
+    Args:
+        menus: layer name to its candidates.
+        sensitivities: layer name to what its loss costs the network where it is cut into groups.
+        pair_sensitivities: the same where a pair stands in its place.
+        times: layer name to measured seconds of every candidate.
+    """
+
+    menus: Mapping[str, Sequence[Candidate]]
+    sensitivities: Mapping[str, Sensitivity]
+    pair_sensitivities: Mapping[str, Sensitivity]
+    times: Mapping[str, Sequence[float]]
+
+    def error(self, name: str, index: int) -> float:
+        """Predicted error of the network's output where a layer takes one of its candidates."""
+        candidate = self.menus[name][index]
+        paired = isinstance(candidate.structure, Pair)
+        found = self.pair_sensitivities if paired else self.sensitivities
+        return found[name].error(candidate.loss)
+
+
+class Searches:
+    """The regression of each layer of a network on its calibration images, made when asked for.
+
+    Args:
+        model: in evaluation mode.
+        convs: its layers.
+        sampling: of the calibration images; its seed is that of the searches, too.
+        importance: layer name to what its output channels count.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        convs: Iterable[TracedConv],
+        sampling: Sampling,
+        importance: Mapping[str, Tensor],
+    ) -> None:
+        self.model, self.sampling, self.importance = model, sampling, importance
+        self.convs = {conv.name: conv for conv in convs}
+        self._known: dict[str, Search] = {}
+
+    def __call__(self, names: Iterable[str]) -> dict[str, Search]:
+        """The searches of some layers by their names."""
+        return dict(self.each(names))
+
+    def each(self, names: Iterable[str]) -> Iterator[tuple[str, Search]]:
+        """The searches of some layers, one after the other."""
+        missing = []
+        for name in names:
+            if name in self._known:
+                yield name, self._known[name]
+            else:
+                missing.append(self.convs[name])
+        for some in _passes(missing):
+            layers = [(conv, conv.name) for conv in some]
+            found = layer_moments(self.model, layers, self.sampling)
+            for conv in some:
+                # Popped, so that a layer's moments are free as soon as its regression is made.
+                moments = found.pop(0)
+                _tell(conv, moments)
+                weight = self.model.get_submodule(conv.name).weight
+                assert isinstance(weight, Tensor)
+                problem = Regression.of(moments, weight, self.importance.get(conv.name))
+                search = Search(problem, self.sampling.seed)
+                self._known[conv.name] = search
+                yield conv.name, search
+
+
+def menus_and_sensitivities(
+    mapped: Trace,
+    convs: Sequence[TracedConv],
+    searches: Searches,
+    store: Store,
+    images: Tensor,
+    *,
+    macs: int,
+    round_to: int,
+) -> tuple[dict[str, list[Candidate]], dict[str, Sensitivity], dict[str, Sensitivity]]:
+    """The menu of every layer, and what its loss costs the network, cut into groups and as a pair.
+
+    Kept layer by layer.
+
+    Args:
+        mapped: trace of the network.
+        convs: layers that can be cut.
+        searches: of the layers.
+        store: of the run.
+        images: ``(N, C, H, W)``, to try cuts on.
+        macs: of the network, for one image.
+        round_to: see :func:`menu`.
+    """
+    free = freedom(mapped, convs)
+    known = {conv.name: store.read(f"menu of {conv.name}") for conv in convs}
+    missing = {conv.name: conv for conv in convs if known[conv.name] is None}
+    if missing:
+        least, most = _TRIAL_IMAGES
+        count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
+        images = images[: min(max(count, least), most)]
+        trials = Trials(searches.model, images, searches.importance)
+    for name, search in searches.each(missing):
+        candidates = menu(missing[name], search, free[name], round_to=round_to)
+        kinds = {
+            "sensitivity": [c for c in candidates if not isinstance(c.structure, Pair)],
+            "pair_sensitivity": [c for c in candidates if isinstance(c.structure, Pair)],
+        }
+        known[name] = {"candidates": [_to_dict(candidate) for candidate in candidates]} | {
+            kind: asdict(trials.sensitivity(name, search.problem, some))
+            for kind, some in kinds.items()
+        }
+        store.write(f"menu of {name}", known[name])
+        log.info("%s: %d candidates", name, len(candidates))
+    return (
+        {name: [_from_dict(c) for c in kept["candidates"]] for name, kept in known.items()},
+        {name: Sensitivity(**kept["sensitivity"]) for name, kept in known.items()},
+        {name: Sensitivity(**kept["pair_sensitivity"]) for name, kept in known.items()},
+    )
+
+
+def _to_dict(candidate: Candidate) -> dict[str, Any]:
+    return asdict(candidate) | {"structure": to_dict(candidate.structure)}
+
+
+def _from_dict(values: Mapping[str, Any]) -> Candidate:
+    partition = values["partition"]
+    if partition is not None:
+        partition = Partition(
+            partition["groups"], tuple(partition["in_order"]), tuple(partition["out_order"])
+        )
+    structure = from_dict(values["structure"])
+    return Candidate(**{**values, "structure": structure, "partition": partition})
+
+
+def _passes(convs: Sequence[TracedConv]) -> Iterator[list[TracedConv]]:
+    """Layers whose sums fit into memory together, in the order given."""
+    some: list[TracedConv] = []
+    size = 0
+    for conv in convs:
+        inputs = conv.spec.in_channels * math.prod(conv.spec.kernel_size)
+        # Two sets of sums, of the images to fit and of those held out.
+        needed = 16 * min(inputs, EXACT) * (min(inputs, EXACT) + conv.spec.out_channels)
+        if some and size + needed > _SUMS_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(conv)
+        size += needed
+    if some:
+        yield some
+
+
+def _tell(conv: TracedConv, moments: Moments | SeparableMoments) -> None:
+    log.info(
+        "%s: %d positions, relative error of its %s %s",
+        conv.name,
+        moments.count,
+        "variance" if isinstance(moments, Moments) else "separable covariance",
+        "unknown" if moments.error is None else f"{moments.error:.1%}",
+    )
