@@ -33,17 +33,19 @@ ORDER = {
     ],
     "nn": ["functional", "conv", "explain", "shuffle", "blocks"],
     "data": ["images", "sample"],
-    "targets": ["base", "eager", "table"],
+    "targets": ["base", "eager", "native", "table"],
     "report": ["pictures", "table", "page"],
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
         "covariance", "moments", "partition", "orders", "schur", "exchange", "refine", "search",
-        "fit", "structure", "latency", "select", "budget", "bake", "fold", "convert", "evaluate",
-        "refit", "recover", "plan", "choose", "summary", "pipeline",
+        "fit", "structure", "pair", "menu", "align", "budget", "select", "latency", "bake", "fold",
+        "convert", "evaluate", "importance", "sensitivity", "settle", "store", "survey", "refit",
+        "recover", "plan", "prune", "baselines", "job", "choose", "planning", "beside", "summary",
+        "finish", "pipeline",
     ],
     "cli": [
-        "console", "models", "profile", "trace", "optimize", "demo", "explain", "cache", "doctor",
-        "app",
+        "console", "options", "models", "outcome", "profile", "trace", "optimize", "plan", "apply",
+        "demo", "explain", "cache", "doctor", "app",
     ],
 }  # fmt: skip
 
@@ -102,11 +104,14 @@ def test_public_names() -> None:
         "Profile",
         "Result",
         "__version__",
+        "apply",
         "explain",
         "load",
         "nn",
         "optimize",
+        "plan",
         "profile",
+        "sweep",
     ]
     assert groupconv.nn.__all__ == [
         "ChannelPermutation",

@@ -1,10 +1,11 @@
 """Networks written by hand, and their traces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from groupconv.optimize.moments import visit
 from groupconv.optimize.spaces import Axis, Space
 from groupconv.optimize.trace import Trace, TracedConv, trace
 
@@ -56,3 +57,14 @@ def members(result: Trace, space: Space) -> set[tuple[str, str, int]]:
         for m in result.members
         if any(result.spaces[s] is space for s in m.runs.spaces)
     }
+
+
+def capture(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of the named modules, as they are before anything changes them."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, module_input: Tensor, output: Tensor) -> None:
+        seen[name] = (module_input.clone(), output.clone())
+
+    visit(model, names, x, keep)
+    return seen

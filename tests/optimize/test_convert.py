@@ -9,17 +9,20 @@ from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from traced import capture
 
-from groupconv.errors import ArgumentError, DataError
+from groupconv.errors import DataError
 from groupconv.kernels.spec import legal_groups
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.convert import Converted, convert
 from groupconv.optimize.fit import fit
-from groupconv.optimize.moments import capture, layer_moments
+from groupconv.optimize.moments import Sampling, layer_moments
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.refit import refit
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
+from groupconv.optimize.store import Store
+from groupconv.optimize.structure import Grouped, Pair
 from groupconv.optimize.trace import Trace, trace
 
 
@@ -72,6 +75,11 @@ def outputs(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
+def every(x: Tensor) -> Sampling:
+    """All positions of one batch of images."""
+    return Sampling(lambda: [x], images=len(x), max_positions=10**6, seed=0)
+
+
 @torch.no_grad()
 def plant(conv: nn.Conv2d, partition: Partition) -> None:
     """Set to zero the weights that the partition cuts."""
@@ -115,16 +123,19 @@ def test_permuting_changes_nothing(seed: int) -> None:
     converted = convert(model, mapped, partitions)
     assert_close(outputs(converted.model, x), expected, rtol=1e-5, atol=1e-5)
 
+    assert [p.conv for p in converted.convs] == list(mapped.convs)
     assert {p.conv.name for p in converted.placed} == set(converted.edits) == set(partitions)
     for placed in converted.placed:
         conv = converted.model.get_submodule(placed.module)
+        structure = converted.edits[placed.conv.name].structure
+        assert structure == Grouped(partitions[placed.conv.name].groups)
         assert conv.groups == partitions[placed.conv.name].groups
         assert conv.weight.shape[1] == conv.in_channels // conv.groups
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} of the original was changed"
 
     # The weights are the answer already and the ridge pulls towards them: what is left is float32.
-    losses = refit(model, converted, lambda: [x], max_positions=10**6, images=len(x), seed=0)
+    losses = refit(model, converted, every(x), Store(None, ""), {})
     assert losses == pytest.approx(dict.fromkeys(partitions, 0), abs=1e-6)
     assert_close(outputs(converted.model, x), expected, rtol=1e-4, atol=1e-4)
 
@@ -198,13 +209,13 @@ def test_planted_layer_alone() -> None:
     x = torch.randn(4, 16, 8, 8)
     mapped = trace(model, (x,))
     layers = [(mapped.convs[0], "0")]
-    (moments,) = layer_moments(model, model, layers, [x], max_positions=10**6, images=4, seed=0)
+    (moments,) = layer_moments(model, layers, every(x))
     found = Search(Regression.of(moments, model[0].weight), seed=0).find(4).partition
     assert fit(moments, model[0].weight, found).loss == pytest.approx(0, abs=1e-9)
     converted = convert(model, mapped, {"0": found})
     assert permutations_in(converted) == 2
     assert converted.placed[0].module == "0.conv"
-    refit(model, converted, lambda: [x], max_positions=10**6, images=4, seed=0)
+    refit(model, converted, every(x), Store(None, ""), {})
     assert_close(outputs(converted.model, x), outputs(model, x), rtol=1e-4, atol=1e-4)
 
 
@@ -217,7 +228,7 @@ def test_means_survive_the_refit(seed: int) -> None:
     model, mapped, partitions = random_plan(seed)
     x = images(32)
     converted = convert(model, mapped, partitions)
-    losses = refit(model, converted, lambda: [x], max_positions=10**6, images=32, seed=0)
+    losses = refit(model, converted, every(x), Store(None, ""), {})
     assert max(losses.values()) > 1e-3
     for placed in converted.placed:
         conv = placed.conv
@@ -252,14 +263,41 @@ def test_names_that_cannot_be_converted() -> None:
 def test_partitions_that_do_not_fit() -> None:
     model = network(0)
     mapped = trace(model, (images(),))
-    with pytest.raises(ArgumentError, match=r"plan: expand: .*nearest legal groups: 2, 4"):
+    with pytest.raises(DataError, match=r"plan: expand: .*nearest legal groups: 2, 4"):
         convert(model, mapped, {"expand": Partition.identity(3, 9, 12)})
-    with pytest.raises(ArgumentError, match="groups=0 must be a positive integer"):
+    with pytest.raises(DataError, match="expand: groups=0 must be a positive integer"):
         convert(model, mapped, {"expand": Partition(0, FORWARD, tuple(range(12)))})
     with pytest.raises(
         DataError, match="8 input and 8 output channels listed; the layer has 8 and"
     ):
         convert(model, mapped, {"expand": Partition.identity(2, 8, 8)})
+
+
+def test_every_illegal_layer_is_named_at_once() -> None:
+    model = network(0)
+    before = copy.deepcopy(model.state_dict())
+    wrong = {
+        "expand": Grouped(3),
+        "stem": Partition.identity(2, 4, 8),
+        "nowhere": Grouped(2),
+        "project": Pair(9, 2, 1, False),
+        "depthwise": Pair(12, 12, 1, False),
+        "merge": Partition.identity(2, 8, 8),
+    }
+    with pytest.raises(DataError) as raised:
+        convert(model, trace(model, (images(),)), wrong)
+    faults = str(raised.value).removeprefix("plan: ").split("; ")
+    told = "; ".join(faults)
+    for fault in (
+        "expand: in_channels=8 not divisible by groups=3",
+        "layer 'nowhere' can't be converted: no such convolution",
+        "project: first of the pair: ",
+        "layer 'depthwise' already has groups=12",
+        "merge: 8 input and 8 output channels listed; the layer has 12 and 8",
+    ):
+        assert fault in told
+    assert "stem" not in told
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_a_user_set_on_a_layer_stays() -> None:

@@ -1,17 +1,27 @@
 """Sampled im2col vectors against F.unfold, and the moments of layers against numpy."""
 
 import math
+import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_close
 from torch import Tensor, nn
+from traced import capture
 
 from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.covariance import Moments, SeparableMoments
-from groupconv.optimize.moments import EXACT, capture, group_moments, layer_moments, sample
+from groupconv.optimize.moments import (
+    EXACT,
+    Sampling,
+    Targets,
+    group_moments,
+    layer_moments,
+    sample,
+)
 from groupconv.optimize.trace import trace
 
 
@@ -100,6 +110,11 @@ def test_transposed_layers_are_refused() -> None:
         sample(spec, x, y, 10, torch.Generator())
 
 
+def sampling(batches: Sequence[Tensor], max_positions: int = 10**6, seed: int = 0) -> Sampling:
+    images = sum(map(len, batches))
+    return Sampling(lambda: batches, images=images, max_positions=max_positions, seed=seed)
+
+
 def test_batches_add_up() -> None:
     torch.manual_seed(0)
     model, x = (
@@ -108,8 +123,7 @@ def test_batches_add_up() -> None:
     )
     layers = [(conv, conv.name) for conv in trace(model, (x,)).convs]
     (whole,), (parts,) = (
-        layer_moments(model, model, layers, batches, max_positions=10**6, images=6, seed=0)
-        for batches in ([x], x.split([1, 3, 2]))
+        layer_moments(model, layers, sampling(batches)) for batches in ([x], x.split([1, 3, 2]))
     )
     assert whole.count == parts.count == 6 * 25
     for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
@@ -118,9 +132,7 @@ def test_batches_add_up() -> None:
     assert (whole.held_out.count, parts.held_out.count) == (25, 25)  # image 3 of 0 .. 5
     assert_close(parts.held_out.uu, whole.held_out.uu, rtol=1e-5, atol=1e-6)
     assert parts.error == pytest.approx(whole.error, rel=1e-4)
-    (few,) = layer_moments(
-        model, model, layers, x.split([1, 3, 2]), max_positions=60, images=6, seed=0
-    )
+    (few,) = layer_moments(model, layers, sampling(x.split([1, 3, 2]), max_positions=60))
     assert few.count == 60
 
 
@@ -131,9 +143,9 @@ def test_inputs_of_one_network_and_outputs_of_another() -> None:
     )
     x = torch.randn(4, 3, 5, 5)
     conv = trace(original, (x,)).convs[1]
-    (moments,) = layer_moments(
-        original, current, [(conv, "2")], [x], max_positions=10**6, images=4, seed=0
-    )
+    once = sampling([x])
+    targets = Targets(original, [conv], once)
+    (moments,) = layer_moments(current, [(conv, "2")], once, targets)
     with torch.no_grad():
         u = current[:2](x).movedim(1, -1).reshape(-1, 4).double()
         y = original(x).movedim(1, -1).reshape(-1, 2).double()
@@ -148,10 +160,7 @@ def test_held_out_images_are_every_fourth() -> None:
     conv = trace(model, (x,)).convs[0]
 
     def moments(images: Tensor, batches: list[int]) -> Moments:
-        (found,) = layer_moments(
-            model, model, [(conv, "0")], images.split(batches),
-            max_positions=10**6, images=len(images), seed=0,
-        )  # fmt: skip
+        (found,) = layer_moments(model, [(conv, "0")], sampling(images.split(batches)))
         assert isinstance(found, Moments)
         return found
 
@@ -172,11 +181,13 @@ def test_each_group_sees_its_own(groups: int) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1, groups=2)), torch.randn(5, 8, 6, 6)
     conv = trace(model, (x,)).convs[0]
-    options = {"max_positions": 100, "images": 5, "seed": 1}
-    (whole,) = layer_moments(model, model, [(conv, "0")], [x], **options)
+    some = sampling(x.split([2, 3]), max_positions=100, seed=1)
+    (whole,) = layer_moments(model, [(conv, "0")], some)
+    assert whole.count == 100
     outputs = torch.tensor([3, 1, 0, 2])
+    targets = Targets(model, [conv], some)
     parts = group_moments(
-        model, model, (conv, "0"), [x], groups=groups, outputs=outputs.tolist(), **options
+        model, (conv, "0"), some, targets, groups=groups, outputs=outputs.tolist()
     )
     assert len(parts) == groups
     pairs = zip(parts, torch.arange(72).chunk(groups), outputs.chunk(groups), strict=True)
@@ -193,8 +204,47 @@ def test_wide_layers_are_separable(channels: int, kind: type) -> None:
     assert EXACT == 512 * 9
     model, x = nn.Sequential(nn.Conv2d(channels, 2, 3)), torch.ones(1, channels, 3, 3)
     conv = trace(model, (x,)).convs[0]
-    (moments,) = layer_moments(model, model, [(conv, "0")], [x], max_positions=8, images=1, seed=0)
+    (moments,) = layer_moments(model, [(conv, "0")], sampling([x], max_positions=8))
     assert type(moments) is kind
+
+
+def test_places_are_the_same_whenever_asked_for_and_differ_between_batches() -> None:
+    few = Sampling(lambda: (), images=8, max_positions=40, seed=3)
+    first, again, next_ = (few.places(number, (4, 7, 5, 6)) for number in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, next_, strict=True))
+    # Half of the images are in the batch, so half of the positions are.
+    assert [len(axis) for axis in first] == [20, 20, 20]
+    assert all(int(axis.max()) < size for axis, size in zip(first, (4, 5, 6), strict=True))
+    other = Sampling(lambda: (), images=8, max_positions=40, seed=4).places(0, (4, 7, 5, 6))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("room", [1, 10**9])
+def test_targets_are_read_for_several_layers_at_once(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there is room for, one at least; and they are the original's outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))
+    x = torch.randn(6, 3, 5, 5)
+    convs, passes = trace(model, (x,)).convs, list[int]()
+
+    def batches() -> tuple[Tensor, ...]:
+        passes.append(1)
+        return x.split([4, 2])
+
+    monkeypatch.setattr(sys.modules["groupconv.optimize.moments"], "_TARGETS_BYTES", room)
+    some = Sampling(batches, images=6, max_positions=60, seed=0)
+    targets = Targets(model, convs, some)
+    for i, conv in enumerate(convs):
+        for number, (batch, y) in enumerate(
+            zip(x.split([4, 2]), targets.of(conv.name), strict=True)
+        ):
+            whole = model[: i + 1](batch).detach()
+            image, *place = some.places(number, whole.shape)
+            assert_close(y, whole[image, :, place[0], place[1]], rtol=0, atol=0)
+    assert len(passes) == (3 if room == 1 else 1)
 
 
 def test_capture_before_activations_in_place() -> None:

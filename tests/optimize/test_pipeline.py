@@ -13,21 +13,9 @@ from torch import Tensor, nn
 
 import groupconv
 from groupconv.data import Images
-from groupconv.optimize.structure import Menu
 from groupconv.timing import Timing
 
-
-@pytest.fixture(autouse=True)
-def _steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layer times in proportion to MACs, so that no test depends on how busy the machine is."""
-
-    def layer_times(menus: dict[str, Menu], *_: object) -> dict[str, list[float]]:
-        return {
-            name: [1e-9 * c.spec.macs + 1e-7 * c.permuted for c in menu.candidates]
-            for name, menu in menus.items()
-        }
-
-    monkeypatch.setattr(sys.modules["groupconv.optimize.pipeline"], "layer_times", layer_times)
+pytestmark = pytest.mark.usefixtures("steady_clock")
 
 
 def _outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +57,8 @@ def test_planted_blocks_behind_hidden_permutations_are_found() -> None:
     with torch.no_grad():
         model[0].weight.copy_(weight)
     x = torch.randn(64, 16, 14, 14)
-    result = groupconv.optimize(model, x, budget="25%macs")
+    # The one layer is both the first and the last.
+    result = groupconv.optimize(model, x, budget="25%macs", keep=())
     assert result.plan.layers["0"].groups == 4
     assert_close(_outputs(result.model, x), _outputs(model, x), rtol=1e-5, atol=1e-5)
 
@@ -157,7 +146,13 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm() -> None:
     test = Images(images(4), None, "noise")
     for recover in ("bn", "1s"):
         result = groupconv.optimize(
-            model, images(129), budget="99%macs", recover=recover, test=test, max_images=129
+            model,
+            images(129),
+            budget="99%macs",
+            recover=recover,
+            test=test,
+            max_images=129,
+            keep=(),
         )
         assert result.plan.layers
         assert torch.isfinite(_outputs(result.model, images(4))).all()
@@ -208,7 +203,10 @@ def test_bad_input_is_one_error_and_loses_nothing(
     with pytest.raises(kind, match=message):
         groupconv.optimize(model, arguments.pop("data"), **arguments)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name in kept} == kept
-    assert not list(tmp_path.glob(".*")), "temporary files left behind"
+    left = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob(".*")}
+    # What was finished before a budget proved too tight serves the next one.
+    unfinished = {".unfinished"} if kind is groupconv.BudgetError else set()
+    assert left <= unfinished, "temporary files left behind"
 
 
 def test_bad_weights_and_models_are_named() -> None:

@@ -17,6 +17,7 @@ from groupconv.errors import DataError
 from groupconv.optimize.convert import Converted, convert
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.plan import WEIGHTS, Plan, load, save_weights
+from groupconv.optimize.structure import Grouped, Pair
 from groupconv.optimize.trace import trace
 
 FORWARD = tuple(range(16))
@@ -26,6 +27,7 @@ LAYERS = {
     "conv2": Partition(4, SHUFFLED, FORWARD),
     "conv1": Partition(2, SHUFFLED, SHUFFLED[::-1]),
 }
+OTHERS = {"conv2": Pair(8, 2, 4, True), "stem.0": Grouped(1), "conv1": Grouped(4)}
 PLAN = Plan(LAYERS, {"conv1": "2 groups", "stem": "kept: «keep»"}, "2x", "eager", 3)
 
 
@@ -46,7 +48,7 @@ def outputs(model: nn.Module) -> Tensor:
     return model(images(4))
 
 
-@pytest.mark.parametrize("plan", [PLAN, Plan({})])
+@pytest.mark.parametrize("plan", [PLAN, Plan({}), Plan(OTHERS), Plan({**LAYERS, **OTHERS})])
 def test_round_trip(plan: Plan) -> None:
     read = Plan.from_json(plan.to_json())
     assert read == plan
@@ -91,6 +93,22 @@ def test_wrong_plans(old: str, new: str, message: str) -> None:
     assert old in text
     with pytest.raises(DataError, match=re.escape(message)):
         Plan.from_json(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"structure": "ghost", "groups": 2}, "structure='ghost' must be one of grouped, pair"),
+        ({"structure": "pair", "groups": 2}, "not a plan of groupconv: KeyError('middle')"),
+        ({"groups": 2, "in_order": [0, 1]}, "conv1: in_order alone is given; give both orders"),
+        ({"groups": 2, "out_order": [0, 1]}, "conv1: out_order alone is given; give both orders"),
+    ],
+)
+def test_layers_that_are_no_structure(layer: dict[str, object], message: str) -> None:
+    values = json.loads(PLAN.to_json())
+    values["layers"]["conv1"] = layer
+    with pytest.raises(DataError, match=re.escape(message)):
+        Plan.from_json(json.dumps(values))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"format": 1}', PLAN.to_json()[:-5]])

@@ -1,6 +1,7 @@
 """The search against every partition there is, and on layers that are grouped in secret."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,7 +72,9 @@ def test_near_the_best_of_all_partitions(taps: int, seed: int) -> None:
                     for a in itertools.combinations(range(1, 6), 2))
         for outs in ((*b, *(set(range(4)) - set(b))) for b in itertools.combinations(range(4), 2))
     ]  # fmt: skip
-    found = Search(problem, seed).find(2)
+    # With several taps the reduced problem alone is not the layer's own.
+    effort = THOROUGH if taps == 1 else replace(THOROUGH, exact=30, finalists=3)
+    found = Search(problem, seed).find(2, effort=effort)
     assert found.loss == problem.loss(found.partition)
     # Swaps end in a local optimum: among the best, not always the best.
     assert found.loss <= 1.03 * min(every)

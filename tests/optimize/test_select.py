@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupconv.errors import BudgetError
-from groupconv.optimize.select import select
+from groupconv.optimize.select import Bound, select
 
 Table = dict[str, list[float]]
 
@@ -38,7 +38,7 @@ def total(table: Table, choice: dict[str, int]) -> float:
 @given(instances())
 def test_against_every_combination(instance: tuple[Table, Table, float]) -> None:
     losses, costs, bound = instance
-    choice = select(losses, costs, bound)
+    choice = select(losses, [Bound("macs", costs, bound)])
     assert list(choice) == list(losses)
     assert total(costs, choice) <= bound * (1 + 1e-6)
     every = (
@@ -53,24 +53,61 @@ def test_against_every_combination(instance: tuple[Table, Table, float]) -> None
 def test_layers_may_have_menus_of_different_length() -> None:
     losses = {"a": [0.0, 0.1], "b": [0.0], "c": [0.0, 0.2, 0.05]}
     costs = {"a": [5.0, 1.0], "b": [2.0], "c": [5.0, 2.0, 3.0]}
-    assert select(losses, costs, 12.0) == {"a": 0, "b": 0, "c": 0}
-    assert select(losses, costs, 10.0) == {"a": 0, "b": 0, "c": 2}
-    assert select(losses, costs, 8.0) == {"a": 1, "b": 0, "c": 0}
-    assert select(losses, costs, 6.0) == {"a": 1, "b": 0, "c": 2}
-    assert select(losses, costs, 5.0) == {"a": 1, "b": 0, "c": 1}
+    assert select(losses, [Bound("macs", costs, 12.0)]) == {"a": 0, "b": 0, "c": 0}
+    assert select(losses, [Bound("macs", costs, 10.0)]) == {"a": 0, "b": 0, "c": 2}
+    assert select(losses, [Bound("macs", costs, 8.0)]) == {"a": 1, "b": 0, "c": 0}
+    assert select(losses, [Bound("macs", costs, 6.0)]) == {"a": 1, "b": 0, "c": 2}
+    assert select(losses, [Bound("macs", costs, 5.0)]) == {"a": 1, "b": 0, "c": 1}
 
 
 def test_a_budget_that_cannot_be_met() -> None:
     losses, costs = {"a": [0.0, 0.1], "b": [0.0]}, {"a": [5.0, 1.0], "b": [2.0]}
-    assert select(losses, costs, 3.0) == {"a": 1, "b": 0}
-    message = "the budget leaves 2.9 for the layers that can change, .* need 3"
+    assert select(losses, [Bound("macs", costs, 3.0)]) == {"a": 1, "b": 0}
+    message = "the budget leaves 2.9 for the macs of the layers that can change, .* need 3"
     with pytest.raises(BudgetError, match=message):
-        select(losses, costs, 2.9)
-    with pytest.raises(BudgetError, match="the budget leaves -1 "):
-        select(losses, costs, -1.0)
+        select(losses, [Bound("macs", costs, 2.9)])
+    with pytest.raises(BudgetError, match="the budget leaves -1 for the macs "):
+        select(losses, [Bound("macs", costs, -1.0)])
+
+
+@st.composite
+def several(draw: st.DrawFn) -> tuple[Table, list[Bound]]:
+    """As :func:`instances`, with bounds on three quantities of very different units."""
+    sizes = [draw(st.integers(1, 4)) for _ in range(draw(st.integers(1, 4)))]
+    whole = st.integers(1, 100)
+
+    def table(unit: float) -> Table:
+        rows = ([draw(whole) for _ in range(size)] for size in sizes)
+        return {f"layer{i}": [unit * value for value in row] for i, row in enumerate(rows)}
+
+    bounds = []
+    for quantity, unit in (("latency", 2.0**-30), ("macs", 2.0**30), ("params", 1.0)):
+        costs = table(unit)
+        least, most = (int(sum(map(pick, costs.values())) / unit) for pick in (min, max))
+        bounds.append(Bound(quantity, costs, unit * draw(st.integers(least, most))))
+    return table(0.01), bounds
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(several())
+def test_several_bounds_against_every_combination(instance: tuple[Table, list[Bound]]) -> None:
+    losses, bounds = instance
+    every = (
+        dict(zip(losses, picked, strict=True))
+        for picked in itertools.product(*(range(len(row)) for row in losses.values()))
+    )
+    held = [c for c in every if all(total(b.costs, c) <= b.most for b in bounds)]
+    if not held:
+        with pytest.raises(BudgetError, match="no choice of structures holds every bound"):
+            select(losses, bounds)
+        return
+    choice = select(losses, bounds)
+    assert all(total(b.costs, choice) <= b.most * (1 + 1e-6) for b in bounds)
+    best = min(total(losses, c) for c in held)
+    assert total(losses, choice) <= best * (1 + 1e-4) + 1e-6
 
 
 def test_no_layers() -> None:
-    assert select({}, {}, 0.0) == {}
+    assert select({}, [Bound("macs", {}, 0.0)]) == {}
     with pytest.raises(BudgetError, match="need 0"):
-        select({}, {}, -1.0)
+        select({}, [Bound("macs", {}, -1.0)])
