@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from benchmarks.engine import Ready
 from benchmarks.kernels_report import picture, print_summary, print_table, summarize
 from benchmarks.machine_peak import Peak, measure
 from benchmarks.peers import ENGINES, LIBRARIES, OURS, PEERS
+from benchmarks.provenance import commit
 from benchmarks.shapes import FOLDER, Shape, read
 from groupconv.kernels.reference import group_conv_reference
 from groupconv.kernels.spec import ConvSpec
@@ -168,11 +168,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def _versions() -> dict[str, str]:
     found = {}
     for name in ("groupconv", *LIBRARIES):
@@ -221,8 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "load_before": load,
             "peak": dataclasses.asdict(peak),
             "versions": _versions(),
-            "commit": _git("rev-parse", "HEAD"),
-            "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            **commit(),
             "seconds_per_shape": options.seconds,
             "tolerance": TOLERANCE,
             "records": [record.as_dict() for record in records],
