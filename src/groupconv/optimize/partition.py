@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 # Random starts: fewer for wide layers, whose assignments take longer.
 _STARTS = 16
 _STARTS_TIMES_CHANNELS = 2_048
-_ROUNDS = 20
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def cluster(
     fixed_in = None if given_in is None else _labels_of(given_in, groups)
     fixed_out = None if given_out is None else _labels_of(given_out, groups)
     # With one side given, every start ends alike.
-    starts = min(_STARTS, max(2, _STARTS_TIMES_CHANNELS // in_channels))
+    starts = min(_STARTS, max(1, _STARTS_TIMES_CHANNELS // max(energy.shape)))
     if given_in is not None or given_out is not None:
         starts = 1
     results = []

@@ -26,7 +26,7 @@ _SUMS_BYTES = 1 << 30
 # Multiply-adds to spend on trying cuts in the network, and the images to try them on.
 _TRIAL_MACS = 2e12
 _TRIALS = 4
-_TRIAL_IMAGES = (16, 256)
+_TRIAL_IMAGES = (8, 256)
 
 
 @dataclass(frozen=True)
