@@ -73,7 +73,7 @@ def beside(
         if isinstance(net, nn.Module)
     }
     times = interleave(calls, seconds=2 * _SECONDS * len(calls), min_runs=7)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, net in nets.items():
         if isinstance(net, str):
             rows.append({"name": name, "why_not": net})

@@ -71,8 +71,9 @@ def output_importance(
         weights = squares.get(name)
         if weights is None or not torch.isfinite(weights).all() or not weights.any():
             log.info("%s: its outputs all count alike: the output has no gradient there", name)
-            channels = model.get_submodule(name).out_channels
-            weights = torch.ones(channels, dtype=torch.float64)  # type: ignore[arg-type]
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.modules.conv._ConvNd)
+            weights = torch.ones(layer.out_channels, dtype=torch.float64)
         weights = weights / weights.mean()
         result[name] = weights.clamp_min(_LEAST)
     return result

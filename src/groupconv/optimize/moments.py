@@ -184,7 +184,8 @@ class Targets:
 
     @torch.no_grad()
     def _read(self, first: int) -> None:
-        names, size = [], 0
+        names: list[str] = []
+        size = 0
         for conv in self.convs[first:]:
             size += 4 * self.sampling.max_positions * conv.spec.out_channels
             if names and size > _TARGETS_BYTES:

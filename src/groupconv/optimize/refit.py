@@ -47,7 +47,8 @@ def refit(
     Returns:
         layer name to the share of the output's variance that is lost there.
     """
-    net, losses, history = converted.model, {}, ""
+    net, history = converted.model, ""
+    losses: dict[str, float] = {}
     targets = Targets(original, [placed.conv for placed in converted.convs], sampling)
     for placed in converted.convs:
         name, edit = placed.conv.name, converted.edits.get(placed.conv.name)

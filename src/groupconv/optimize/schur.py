@@ -61,8 +61,7 @@ class Regression:
             root = importance.sqrt()[:, None]
             dense = root * dense
             if isinstance(moments, Moments):
-                scaled = {"yu": root * moments.yu, "yy": importance * moments.yy}
-                moments = replace(moments, **scaled)
+                moments = replace(moments, yu=root * moments.yu, yy=importance * moments.yy)
         if isinstance(moments, SeparableMoments):
             return _separable(
                 moments.channels, moments.taps, dense.reshape(out_channels, in_channels, -1)
