@@ -89,7 +89,7 @@ def test_reordering_alone_changes_nothing(seed: int) -> None:
         assert_close(model(x), expected, rtol=0, atol=0)
     for name, partition in partitions.items():
         edit = converted.edits[name]
-        assert edit.groups == partition.groups
+        assert edit.structure.groups == partition.groups
 
 
 def test_a_free_order_is_absorbed_and_a_fixed_one_is_explicit() -> None:

@@ -79,7 +79,7 @@ def check_conversion(seed: int) -> None:
     explicit = [n for n, m in converted.model.named_modules() if isinstance(m, ChannelPermutation)]
     assert set(converted.permutations) <= set(explicit)
     for name, partition in partitions.items():
-        assert converted.edits[name].groups == partition.groups
+        assert converted.edits[name].structure.groups == partition.groups
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)

@@ -74,6 +74,8 @@ class Finish:
             folder: for the results, or None.
         """
         job = self.job
+        # Those of a plan may be of structures that a person has changed since.
+        reasons = dict(plan.reasons) if decisions else {}
         while True:
             converted, losses, refitted, fitted, quality = self._fit(plan)
             score = (
@@ -84,6 +86,7 @@ class Finish:
             worst = max(plan.layers, key=lambda name: _cost(name, decisions, losses))
             log.info("%.2f%% is below the floor: %s is dense again", 100 * (score or 0), worst)
             why = f"dense: without it the accuracy was {score:.4f}, the floor {self.min_accuracy}"
+            reasons[worst] = why
             plan = replace(
                 plan,
                 layers={name: x for name, x in plan.layers.items() if name != worst},
@@ -94,7 +97,7 @@ class Finish:
         report = summarize(
             model=job.model,
             net=converted.model,
-            layers=self._rows(plan, decisions, converted, losses),
+            layers=self._rows(plan, decisions, reasons, converted, losses),
             left=job.mapped.skipped,
             fitted=fitted,
             quality=quality,
@@ -165,6 +168,7 @@ class Finish:
         self,
         plan: Plan,
         decisions: Mapping[str, Decision],
+        reasons: Mapping[str, str],
         converted: Converted,
         losses: Mapping[str, float],
     ) -> list[LayerRow]:
@@ -197,7 +201,7 @@ class Finish:
                 (times[conv.name][0], times[conv.name][1]),
                 decisions[conv.name].candidate.loss if conv.name in decisions else None,
                 losses.get(conv.name, 0.0),
-                plan.reasons.get(conv.name, "as the plan has it"),
+                reasons.get(conv.name, "as the plan has it"),
             )
             for conv in convs
         ]

@@ -168,8 +168,7 @@ def apply(
     with _started(model, source, options, out) as (job, finish):
         check(job.mapped, plan.layers)
         layers = complete(job.mapped, plan.layers, job.searches)
-        # Its reasons are of structures that a person may have changed since.
-        result = finish(replace(plan, layers=layers, reasons={}), {}, job.folder)
+        result = finish(replace(plan, layers=layers), {}, job.folder)
         job.store().clear()
     return result
 
