@@ -17,7 +17,7 @@ _BATCH = 64
 
 def demo(
     out: Out = Path("groupconv-demo"),
-    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "55%macs",
+    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "1.6x",
     recover: Recover = "40s",
     seed: Seed = 0,
     json: JsonFlag = False,
