@@ -28,6 +28,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file, as :func:`replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def output_folder(path: str | Path) -> Path:
     """Make a folder, and make sure before any work that it can be written.
 

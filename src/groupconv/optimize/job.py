@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -99,9 +100,13 @@ class Job:
         """Where the finished parts of this run are kept; they depend on the options too."""
         if self.folder is None:
             return Store(None, "")
+        return Store(self.folder, f"{self._inputs} {options!r}")
+
+    @cached_property
+    def _inputs(self) -> str:
+        """Fingerprint of the network and the images, which are read whole for it."""
         tensors = [*self.model.state_dict().items(), ("images", self.images.images)]
-        inputs = fingerprint(tensors, __version__, self.seed, self.name, *options)
-        return Store(self.folder, inputs)
+        return fingerprint(tensors, __version__, self.seed, self.name)
 
     def count_macs(self, net: nn.Module) -> int:
         """Multiply-adds of one image."""

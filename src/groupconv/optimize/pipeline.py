@@ -12,7 +12,7 @@ from torch import nn
 
 from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
-from groupconv.files import output_folder, replacing
+from groupconv.files import output_folder, write_text
 from groupconv.optimize.budget import parse_budgets
 from groupconv.optimize.capture import evaluation_mode
 from groupconv.optimize.convert import check
@@ -129,8 +129,7 @@ def plan(
     with _started(model, source, options, out) as (job, _):
         made, _ = Planner(job, keep, round_to).plan(limits)
         if job.folder is not None:
-            with replacing(job.folder / PLAN) as temporary:
-                temporary.write_text(made.to_json(), encoding="utf-8")
+            write_text(job.folder / PLAN, made.to_json())
         job.store().clear()
     return made
 
@@ -312,8 +311,7 @@ def _write_frontier(folder: Path, results: Sequence[Result]) -> None:
         ("frontier.html", render_frontier(reports)),
         ("frontier.json", json.dumps(reports, indent=1)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def _check_round_to(round_to: int) -> None:

@@ -21,6 +21,7 @@ from groupconv.optimize.cost import tensors_in
 from groupconv.optimize.fit import fit_groups
 from groupconv.optimize.moments import Sampling, Targets, group_moments
 from groupconv.optimize.spaces import Axis, Member
+from groupconv.optimize.structure import layout
 from groupconv.optimize.trace import Trace, TracedConv
 
 _Conv = nn.modules.conv._ConvNd
@@ -84,7 +85,8 @@ def prune(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) -> 
         tensor: Tensor = getattr(net.get_submodule(member.module), member.parameter)
         index = torch.from_numpy(_stays(member.runs, kept)).to(tensor.device)
         # Its data, so that modules that share the tensor go on sharing it.
-        tensor.data = _as_before(tensor, tensor.data.index_select(member.axis, index))
+        fewer = tensor.data.index_select(member.axis, index)
+        tensor.data = fewer.contiguous(memory_format=layout(tensor))
     for module in net.modules():
         _resize(module)
     for conv in _refittable(trace, kept):
@@ -333,13 +335,6 @@ def _check(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) ->
                 f"kept: space {space} keeps {list(strands)}; it must keep one or more of its "
                 f"strands 0 to {channels - 1}, each once"
             )
-
-
-def _as_before(before: Tensor, after: Tensor) -> Tensor:
-    """The new tensor in the memory format of the old."""
-    if before.ndim == 4 and not before.is_contiguous():
-        return after.contiguous(memory_format=torch.channels_last)
-    return after
 
 
 def _resize(module: nn.Module) -> None:

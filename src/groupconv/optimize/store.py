@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from groupconv.files import replacing
+from groupconv.files import replacing, write_text
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class Store:
         """Keep plain values under a name."""
         path = self._path(name, ".json")
         if path is not None:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(values))
+            write_text(path, json.dumps(values))
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
         """The tensors kept under a name, on the CPU, or None."""

@@ -51,7 +51,7 @@ class Grouped:
         weight = conv.weight
         size = (conv.out_channels, conv.in_channels // self.groups, *conv.kernel_size)
         fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-        fresh = fresh.contiguous(memory_format=_layout(weight))
+        fresh = fresh.contiguous(memory_format=layout(weight))
         conv.groups = self.groups
         conv.weight = nn.Parameter(fresh, weight.requires_grad)
         if bias and conv.bias is None:
@@ -134,14 +134,14 @@ class Pair:
         if self.shuffle:
             steps["shuffle"] = ChannelShuffle(self.groups)
         steps["pointwise"] = second
-        first.to(memory_format=_layout(conv.weight))
+        first.to(memory_format=layout(conv.weight))
         for parameter in (*first.parameters(), *second.parameters()):
             nn.init.zeros_(parameter)
             parameter.requires_grad_(conv.weight.requires_grad)
         return steps
 
 
-def _layout(weight: Tensor) -> torch.memory_format:
+def layout(weight: Tensor) -> torch.memory_format:
     """The memory format of a convolution's weight."""
     if weight.ndim > 3 and not weight.is_contiguous():
         return torch.channels_last if weight.ndim == 4 else torch.channels_last_3d

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from groupconv.files import replacing
+from groupconv.files import write_text
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.evaluate import Quality
 from groupconv.optimize.plan import PAGE, PLAN, REPORT, Plan
@@ -114,8 +114,7 @@ def write_report(folder: Path, plan: Plan, report: Mapping[str, Any]) -> None:
         (PAGE, render_page(report)),
         (REPORT, json.dumps(report, indent=1)),
     ):
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
 
 
 def _pair(before: Any, after: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from groupconv.files import replacing
+from groupconv.files import write_text
 from groupconv.timing import Timing, interleave, machine
 
 log = logging.getLogger(__name__)
@@ -67,5 +67,4 @@ class LatencyTable:
         if self.path is not None:
             times = {key: asdict(timing) for key, timing in sorted(self.times.items())}
             text = json.dumps({"machine": self.machine, "times": times}, indent=1)
-            with replacing(self.path) as temporary:
-                temporary.write_text(text)
+            write_text(self.path, text)
