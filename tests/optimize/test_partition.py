@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from groupconv.optimize.partition import Partition, assign, cluster
 
@@ -96,3 +97,22 @@ def test_assignment_is_the_best_of_all(groups: int) -> None:
     labels = assign(gain, groups)
     assert np.bincount(labels).tolist() == [6 // groups] * groups
     assert gain[np.arange(6), labels].sum() == pytest.approx(best)
+
+
+@pytest.mark.parametrize("values", ["any", "negative", "few", "equal", "tiny"])
+@pytest.mark.parametrize(("groups", "room"), [(1, 5), (2, 40), (5, 7), (16, 12), (17, 3), (40, 1)])
+def test_assignment_agrees_with_the_general_solver(groups: int, room: int, values: str) -> None:
+    rng = np.random.default_rng(room)
+    shape = (groups * room, groups)
+    gain = {
+        "any": rng.random(shape) * rng.exponential(size=(shape[0], 1)),
+        "negative": rng.normal(size=shape) - 5,
+        "few": rng.integers(0, 3, shape).astype(float),
+        "equal": np.zeros(shape),
+        "tiny": 1e-20 * rng.random(shape),
+    }[values]
+    rows, columns = linear_sum_assignment(np.repeat(gain, room, axis=1), maximize=True)
+    labels = assign(gain, groups)
+    assert np.bincount(labels, minlength=groups).tolist() == [room] * groups
+    best = gain[rows, columns // room].sum()
+    assert gain[np.arange(len(gain)), labels].sum() == pytest.approx(best, rel=1e-9, abs=0)
