@@ -161,10 +161,11 @@ def _transport(gain: NDArray[np.float64], groups: int) -> NDArray[np.int64]:
         while True:
             through = distance[:, None] + loss
             by = through.argmin(0)
-            shorter = through[by, everyone] < distance - tolerance
+            reached = through[by, everyone]
+            shorter = reached < distance - tolerance
             if not shorter.any():
                 break
-            distance[shorter], previous[shorter] = through[by, everyone][shorter], by[shorter]
+            distance[shorter], previous[shorter] = reached[shorter], by[shorter]
         path = [int(np.where(counts < room, distance, np.inf).argmin())]
         while previous[path[-1]] >= 0:
             path.append(int(previous[path[-1]]))
