@@ -216,7 +216,7 @@ def test_spawned_workers_of_a_data_loader() -> None:
 
 # Children compare with NumPy: after a fork PyTorch's own threads are gone, and what it would
 # share among them waits for ever. Only torch.set_num_threads(1), which its own workers call too,
-# makes the rest of it usable.
+# makes the rest of it usable, the backward among it.
 FORK = """
 import json, os, signal, threading, time
 import numpy as np
@@ -225,7 +225,8 @@ import torch.nn.functional as F
 from groupconv.kernels import jit, openmp, tuning
 from groupconv.nn import functional
 torch.set_num_threads(2)
-x, weight = torch.randn(4, 64, 28, 28), torch.randn(64, 32, 3, 3)
+# Weights, too, large enough for PyTorch to share among its threads what it does with them.
+x, weight = torch.randn(4, 128, 28, 28), torch.randn(128, 64, 3, 3)
 expected = F.conv2d(x, weight, padding=1, groups=2).numpy()
 
 def call(weight=weight, padding=1):
@@ -235,21 +236,15 @@ def call(weight=weight, padding=1):
 
 def new():
     # A kernel that nobody has made yet.
-    assert functional.group_conv2d(x[:, :, :20], weight, groups=2).shape == (4, 64, 18, 26)
+    assert functional.group_conv2d(x[:, :, :20], weight, groups=2).shape == (4, 128, 18, 26)
 
 def known():
     assert openmp.threads() == 1
     for _ in range(3):
         call()
 
-def alone(work):
-    def run():
-        torch.set_num_threads(1)
-        for _ in range(2):
-            work()
-    return run
-
 def train():
+    torch.set_num_threads(1)
     w = weight.clone().requires_grad_()
     call(w).sum().backward()
     assert np.isfinite(w.grad.numpy()).all()
@@ -287,7 +282,7 @@ def held(lock):
     taken.wait()
     threading.Timer(0.2, done.set).start()
     try:
-        return child(alone(new), 2)
+        return child(new, 2)
     finally:
         done.set()
         thread.join()
@@ -298,10 +293,11 @@ call()
 assert openmp.threads() == 2
 for work in (known, grandchild, in_thread):
     found[work.__name__] = child(work)
-found["new call"] = child(alone(lambda: call(padding=(1, 1))))
-found["new kernel"] = child(alone(new))
-found["new weights"] = child(alone(lambda: call(weight.clone())))
-found["training"] = child(alone(train))
+found["new call"] = child(lambda: call(padding=(1, 1)))
+found["new kernel"] = child(new)
+copy = weight.clone()
+found["new weights"] = child(lambda: call(copy))
+found["training"] = child(train)
 # The parent has its threads as before.
 assert openmp.threads() == 2
 call()

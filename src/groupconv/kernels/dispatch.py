@@ -228,7 +228,7 @@ def choose(
 
     The choice is remembered by ``call`` unless that is None.
     """
-    with torch.no_grad():
+    with torch.no_grad(), openmp.own_threads():
         request = Request.of(conv, input, weight, bias)
         refused = {way.name: way.why_not(request) for way in TABLE}
         runs = {way.name: way.prepare(request) for way in TABLE if refused[way.name] is None}

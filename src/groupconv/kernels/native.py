@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from groupconv.kernels import tuning
+from groupconv.kernels import openmp, tuning
 from groupconv.kernels.request import Request
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 from groupconv.kernels.transposed import Phase, phases
@@ -52,6 +52,13 @@ class Native:
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; tensors of any floating dtype, computed in float32 and rounded once."""
+        if self.ready and not self.sparse:
+            return self._run(input, weight, bias)
+        # PyTorch does a part.
+        with openmp.own_threads():
+            return self._run(input, weight, bias)
+
+    def _run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = input
         if not self.ready:
             x = input.detach().to(torch.float32)

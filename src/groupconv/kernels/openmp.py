@@ -4,6 +4,8 @@ import ctypes
 import functools
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +68,18 @@ def _loaded() -> list[str]:
 def threads() -> int:
     """Threads that a kernel may use: PyTorch's setting; one after a fork."""
     return 1 if _forked or pool() is None else torch.get_num_threads()
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """What PyTorch computes in the block uses :func:`threads` threads: after a fork it would wait
+    for those that are gone."""
+    before = torch.get_num_threads()
+    if threads() == before:
+        yield
+        return
+    torch.set_num_threads(threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupconv.kernels import openmp
 from groupconv.kernels.fingerprint import fingerprint, words
 from groupconv.kernels.machine import runnable
 
@@ -28,7 +29,8 @@ class _Entry:
     packed: tuple[Tensor, ...]
 
 
-_entries: dict[tuple[int, torch.dtype, Hashable], _Entry] = {}
+_Name = tuple[int, torch.dtype, Hashable]
+_entries: dict[_Name, _Entry] = {}
 
 
 def packed(
@@ -49,6 +51,13 @@ def packed(
         and not fingerprint()(weight.data_ptr(), entry.words, entry.state_pointer, None)
     ):
         return entry.packed
+    with openmp.own_threads():
+        return _pack_anew(name, weight, pack)
+
+
+def _pack_anew(
+    name: _Name, weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     # Weights with gaps between them, or half a word too long, are packed each time.
     if weight.nbytes % 4 or not _dense(weight):
         return pack(weight.detach())
