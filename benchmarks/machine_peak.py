@@ -4,21 +4,16 @@
 """
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import llvmlite.binding as llvm
-import numpy as np
 import torch
 
-from groupconv.kernels.emit import Emitter, Value
-from groupconv.kernels.machine import Machine, runnable
+from groupconv.kernels.machine import runnable
+from groupconv.kernels.peak import peak
 
-_ROUNDS = 4
 _RUNS = 20
 _MEMORY = 64 * 2**20
 
@@ -64,74 +59,9 @@ def measure(threads: int) -> Peak:
     sizes = (threads * _second_level_cache() // 4, 4 * 2**20, _MEMORY)
     return Peak(
         machine.name,
-        _flops(machine, threads),
+        peak(threads),
         tuple((size, _copy_speed(size, threads)) for size in sizes),
     )
-
-
-def _flops(machine: Machine, threads: int) -> float:
-    sums = machine.registers - 4
-    # a = a * 0.5 + 1 stays near 2: no infinities, no slow tiny numbers.
-    values = np.concatenate(
-        [np.full(machine.lanes, v, np.float32) for v in (0.5, 1.0, *np.linspace(1, 3, sums))]
-    )
-    code, buffers = _Code(_emit(machine, sums), machine), [values.copy() for _ in range(threads)]
-    count, best = 10_000, 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(_RUNS):
-            start = time.perf_counter()
-            list(pool.map(code, [b.ctypes.data for b in buffers], [count] * threads))
-            elapsed = time.perf_counter() - start
-            best = max(best, 2 * threads * count * _ROUNDS * sums * machine.lanes / elapsed)
-            # Long enough that starting the threads costs nothing.
-            count = max(count, int(count * 0.02 / elapsed))
-    return best
-
-
-def _emit(machine: Machine, count: int) -> str:
-    """``peak(x, n)``: ``count`` sums that don't wait for each other, n times _ROUNDS steps each."""
-    e = Emitter(machine)
-    factor, term = e.load("%x"), e.load("%x", e.lanes)
-    starts = [e.load("%x", (2 + i) * e.lanes) for i in range(count)]
-
-    def body(_: Value, sums: list[str]) -> list[str]:
-        for _ in range(_ROUNDS):
-            sums = [e.multiply_add(value, factor, term) for value in sums]
-        return sums
-
-    for i, value in enumerate(e.fold(0, "%n", 1, starts, body)):
-        e.store(value, "%x", (2 + i) * e.lanes)
-    e.do("ret void")
-    width = 32 * machine.lanes
-    return "\n".join(
-        [
-            f'target triple = "{machine.triple}"',
-            *sorted(e.declarations),
-            f"define void @peak(ptr %x, i64 %n) #0 {{\n{e.text()}\n}}",
-            f'attributes #0 = {{ nounwind "prefer-vector-width"="{width}" '
-            f'"min-legal-vector-width"="{width}" }}',
-        ]
-    )
-
-
-class _Code:
-    """The function, compiled; it runs without Python's lock."""
-
-    def __init__(self, ir: str, machine: Machine) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_triple(machine.triple).create_target_machine(
-            cpu=machine.cpu, features=machine.features, opt=3
-        )
-        module = llvm.parse_assembly(ir)
-        module.verify()
-        self._engine = llvm.create_mcjit_compiler(module, target)
-        self._engine.finalize_object()
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-        self._function = kind(self._engine.get_function_address("peak"))
-
-    def __call__(self, x: int, n: int) -> None:
-        self._function(x, n)
 
 
 def _copy_speed(size: int, threads: int) -> float:

@@ -23,8 +23,8 @@ from groupconv.kernels import kernel
 from groupconv.kernels.blocks import blocks
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
-from groupconv.kernels.module import ARGUMENTS
-from groupconv.kernels.spec import ACTIVATIONS, ConvSpec, KernelSpec
+from groupconv.kernels.module import ARGUMENTS, RECORD
+from groupconv.kernels.spec import ACTIVATIONS, RESIDUALS, ConvSpec, KernelSpec
 from groupconv.kernels.tile import Tile, has_total, strips, sum_channels
 
 # The same examples in every run. A failure is shown as it is: to make it smaller takes minutes.
@@ -54,6 +54,8 @@ _LONG = (
 # Size of the integers that numbers are made of.
 _INTEGER = 31
 _MARGIN = 2048
+# The function at ``Kernel.work``.
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 _POSITION = {name: i for i, name in enumerate(ARGUMENTS)}
 
 
@@ -64,6 +66,7 @@ class Case:
     Args:
         start: row and column of the written tensor where the first output goes.
         threads: that are asked for.
+        direct: whether the work function is called for each of them, not the kernel.
     """
 
     spec: KernelSpec
@@ -71,6 +74,7 @@ class Case:
     images: int = 1
     start: tuple[int, int] = (0, 0)
     threads: int = 1
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,15 +162,56 @@ def _axes(draw: st.DrawFn, most: int, k: int | None = None) -> _Axis:
 
 
 @st.composite
+def transposed(draw: st.DrawFn, dims: int) -> ConvSpec:
+    """Transposed convolutions, sparse ones too."""
+    axes = [draw(_transposed_axes()) for _ in range(dims)]
+    size, kernel_size, stride, padding, dilation, extra = zip(*axes, strict=True)
+    groups = draw(st.integers(1, 3))
+    return ConvSpec(
+        1, groups * draw(st.integers(1, 6)), groups * draw(st.integers(1, 6)), size, kernel_size,
+        stride, padding, dilation, groups, True, extra,
+    )  # fmt: skip
+
+
+@st.composite
+def _transposed_axes(draw: st.DrawFn) -> tuple[int, int, int, tuple[int, int], int, int]:
+    """Size, kernel, stride, padding, dilation and output padding of one axis."""
+    size, k, stride, dilation = (draw(st.integers(1, most)) for most in (7, 5, 4, 3))
+    extra = draw(st.integers(0, max(stride, dilation) - 1))
+    whole = (size - 1) * stride + dilation * (k - 1) + 1 + extra
+    pad = draw(st.integers(0, (whole - 1) // 2))
+    return size, k, stride, (pad, pad), dilation, extra
+
+
+@st.composite
 def specs(draw: st.DrawFn, long: bool | None = None) -> KernelSpec:
-    """Kernels of every kind, without a step between the outputs; ``long`` as of convs."""
-    last_in, last_out, bias, residual, ordered = (draw(st.booleans()) for _ in range(5))
+    """Kernels of every kind, dense in memory, without a step between the outputs; ``long`` as of
+    convs."""
+    last_in, last_out, bias, ordered = (draw(st.booleans()) for _ in range(4))
+    residual = draw(st.sampled_from([None, None, *RESIDUALS]))
     activation = draw(st.sampled_from([None, None, *ACTIVATIONS]))
     slope = draw(st.sampled_from([0.01, 0.25, 0.0, -0.5, 2.0]))
     return KernelSpec(
         draw(convs(long)), last_in, last_out, bias, residual, activation, slope,
         ordered and draw(st.booleans()),
     )  # fmt: skip
+
+
+@st.composite
+def sliced(draw: st.DrawFn, spec: KernelSpec) -> KernelSpec:
+    """``spec`` on slices of wider tensors, where its layouts allow them."""
+
+    def pixel(channels: int, legal: bool) -> int | None:
+        more = draw(st.sampled_from([None, 0, 1, 3, 8, 33]))
+        return None if more is None or not legal else channels + more
+
+    conv, last_out = spec.conv, spec.channels_last_output
+    return replace(
+        spec,
+        input_pixel=pixel(conv.in_channels, spec.channels_last_input),
+        output_pixel=pixel(conv.out_channels, last_out),
+        residual_pixel=pixel(conv.out_channels, last_out and spec.residual is not None),
+    )
 
 
 @st.composite
@@ -217,8 +262,10 @@ def cases(draw: st.DrawFn, target: Machine, long: bool | None = None) -> Case:
             for first, n, s in zip(start, spec.conv.output_size, step, strict=True)
         )
         spec = replace(spec, step=step, written_size=(rows, columns))
+    if draw(st.booleans()):
+        spec = draw(sliced(spec))
     images, threads = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
-    return Case(spec, draw(tiles(spec, target)), images, start, threads)
+    return Case(spec, draw(tiles(spec, target)), images, start, threads, draw(st.booleans()))
 
 
 @st.composite
@@ -319,11 +366,15 @@ def truth(case: Case, given: Numbers) -> Tensor:
     result = convolved(conv, x, given.weight)
     if given.bias is not None:
         result = result + given.bias.double()[:, None, None]
-    if given.residual is not None:
-        result = result + given.residual[written(case)].double()
+    before, after = (
+        given.residual[written(case)].double()
+        if given.residual is not None and spec.residual == place
+        else 0
+        for place in RESIDUALS
+    )
     size = (len(x), conv.out_channels, *spec.output_tensor_size)
     whole = torch.full(size, math.nan, dtype=torch.float64)
-    whole[written(case)] = activated(spec, result)
+    whole[written(case)] = activated(spec, result + before) + after
     return whole
 
 
@@ -336,6 +387,9 @@ def check(case: Case, y: Tensor, expected: Tensor) -> None:
     """Fail unless ``y`` is right, and untouched where nothing is written."""
     exact = case.spec.activation in (None, "relu", "relu6")
     rtol, atol = (0.0, 0.0) if exact else (1e-6, 1e-12)
+    if not exact and case.spec.residual == "after":
+        # The sum may be much less than what is added; the least number of either is some 1e-3.
+        atol = 1e-5
     assert_close(y, expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
@@ -430,17 +484,38 @@ class Pages:
 # Running.
 
 
-def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
-    """The elements of an NCHW tensor in the order of memory."""
-    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).reshape(-1)
+# What lies between the pixels of slices: a NaN that no arithmetic makes.
+_GAP = torch.tensor([0x7FDEAD01], dtype=torch.int32).view(torch.float32)
 
 
-def from_layout(flat: Tensor, size: tuple[int, ...], channels_last: bool) -> Tensor:
+def laid_out(tensor: Tensor, channels_last: bool, pixel: int = 0) -> Tensor:
+    """The elements of an NCHW tensor in the order of memory, and a poison where pixels that lie
+    ``pixel`` elements apart leave a gap; none follows the last pixel."""
+    if not channels_last:
+        return tensor.reshape(-1)
+    n, c, *space = tensor.shape
+    if pixel <= c:
+        return tensor.movedim(1, -1).reshape(-1)
+    wide = _GAP.expand(n, *space, pixel).clone()
+    wide[..., :c] = tensor.movedim(1, -1)
+    return wide.reshape(-1)[: max(0, wide.numel() - (pixel - c))]
+
+
+def from_layout(flat: Tensor, size: tuple[int, ...], channels_last: bool, pixel: int = 0) -> Tensor:
     """The tensor of size NCHW that lies in ``flat``."""
     if not channels_last:
         return flat.reshape(size)
-    n, c, *space = size
-    return flat.reshape(n, *space, c).movedim(-1, 1)
+    _, c, *space = size
+    pixel = max(pixel, c)
+    strides = [pixel * math.prod(space[i + 1 :]) for i in range(len(space))]
+    return flat.as_strided(size, (pixel * math.prod(space), 1, *strides))
+
+
+def check_gaps(flat: Tensor, size: tuple[int, ...], pixel: int) -> None:
+    """Fail if something was written between the pixels of an NHWC tensor."""
+    if pixel > size[1]:
+        clean = laid_out(from_layout(flat, size, True, pixel), True, pixel)
+        assert same_bits(flat, clean), "written between pixels"
 
 
 @functools.lru_cache(maxsize=256)
@@ -455,26 +530,41 @@ def run(case: Case, target: Machine, given: Numbers, memory: Memory | None = Non
     memory = memory or Margins()
     built = made(spec, case.tile, target)
     size = (len(given.x), conv.out_channels, *spec.output_tensor_size)
-    y = memory.put(torch.full((math.prod(size),), math.nan), fixed=False)
+    last_in, last_out = spec.channels_last_input, spec.channels_last_output
+    y = memory.put(laid_out(torch.full(size, math.nan), last_out, spec.output_stride), fixed=False)
     residual = given.residual
     if residual is not None:
-        residual = memory.put(laid_out(residual, spec.channels_last_output))
-    x = memory.put(laid_out(given.x, spec.channels_last_input))
+        residual = memory.put(laid_out(residual, last_out, spec.residual_stride))
+    x = memory.put(laid_out(given.x, last_in, spec.input_stride))
     packed = memory.put(built.pack(given.weight))
     bias = None if given.bias is None else memory.put(given.bias)
     order = None if given.order is None else memory.put(given.order)
-    first = case.start[0] * size[3] + case.start[1]
-    offset = first * conv.out_channels if spec.channels_last_output else first
-    x = from_layout(x, tuple(given.x.shape), spec.channels_last_input)
+    offset = (case.start[0] * size[3] + case.start[1]) * spec.output_stride
+    x = from_layout(x, tuple(given.x.shape), last_in, spec.input_stride)
     pointers, _ = built.arguments(x, packed, bias, y, residual, order, offset)
     values = list(pointers)
     # Small kernels would otherwise stay on one thread.
     values[_POSITION["threads"]] = case.threads
     buffer = memory.put(torch.full((case.threads * built.buffer,), math.nan), fixed=False)
     values[_POSITION["buffer"]] = buffer.data_ptr()
-    built.function(*values)
+    if case.direct:
+        _work(built, values, case.threads)
+    else:
+        built.function(*values)
     memory.check()
-    return from_layout(y, size, spec.channels_last_output).clone()
+    if last_out:
+        check_gaps(y, size, spec.output_stride)
+    return from_layout(y, size, last_out, spec.output_stride).clone()
+
+
+def _work(built: Kernel, values: list[int | None], threads: int) -> None:
+    """All threads' parts one after another, the last one first, on a record that none writes to."""
+    record = torch.tensor([value or 0 for value in values[: len(RECORD)]])
+    before = record.clone()
+    work = WORK(built.work)
+    for thread in reversed(range(threads)):
+        work(record.data_ptr(), thread, threads)
+    assert torch.equal(record, before)
 
 
 def verify(case: Case, target: Machine, memory: Memory | None = None) -> None:

@@ -24,7 +24,10 @@ from kernels.kernel_cases import (
     alike,
     cases,
     check,
+    check_gaps,
     convolved,
+    from_layout,
+    laid_out,
     legal_channels,
     numbers,
     rounded_numbers,
@@ -102,9 +105,10 @@ def _by_hand(case: Case, given: Numbers) -> torch.Tensor:
         place = case.start[0] + r * spec.step[0], case.start[1] + c * spec.step[1]
         if given.bias is not None:
             total += float(given.bias[o])
-        if given.residual is not None:
-            total += float(given.residual[n, o, *place])
-        y[n, o, *place] = activated(spec, torch.tensor(total, dtype=torch.float64))
+        added = 0.0 if given.residual is None else float(given.residual[n, o, *place])
+        before = added if spec.residual == "before" else 0.0
+        result = activated(spec, torch.tensor(total + before, dtype=torch.float64))
+        y[n, o, *place] = result + (added - before)
     return y
 
 
@@ -117,7 +121,7 @@ SMALL = ConvSpec(1, 4, 6, (5, 4), (2, 3), (2, 1), ((1, -1), (3, 2)), (2, 1), 2)
         Case(KernelSpec(SMALL), Tile(1, 1, 1, 2)),
         Case(
             KernelSpec(
-                SMALL, False, True, True, True, "leaky_relu", -0.5, True, (2, 3), (4, 22)
+                SMALL, False, True, True, "before", "leaky_relu", -0.5, True, (2, 3), (4, 22)
             ),
             Tile(1, 1, 1, 2),
             2,
@@ -187,6 +191,19 @@ def test_margins_show_what_is_written_beside() -> None:
             memory.check()
         beside.copy_(before)
     memory.check()
+
+
+def test_gaps_show_what_is_written_into_them() -> None:
+    size = (2, 5, 3, 2)
+    flat = laid_out(torch.randn(size), True, 8)
+    check_gaps(flat, size, 8)
+    from_layout(flat, size, True, 8).fill_(3)
+    check_gaps(flat, size, 8)
+    for element, value in ((5, 0.0), (15, torch.nan)):
+        wrong = flat.clone()
+        wrong[element] = value
+        with pytest.raises(AssertionError, match="between pixels"):
+            check_gaps(wrong, size, 8)
 
 
 # The sweep.
@@ -286,11 +303,33 @@ def test_a_part_of_a_larger_tensor(
         WAYS["width 4"],
         channels_last_input=last_in,
         channels_last_output=last_out,
-        residual=True,
+        residual="before",
         written_size=size,
     )
     start = (min(1, size[0] - 9), min(1, size[1] - 11))
     verify(Case(spec, Tile(4, 1, 3, 4), 2, start), target)
+
+
+# Long sums of narrow groups are much code: left to the sweep.
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "width 20 to 1"])
+@every_machine
+def test_slices_of_wider_tensors(target: Machine, way: str) -> None:
+    """Input, output and residual each of its own width; with a staged side, and with both not."""
+    conv = WAYS[way].conv
+    spec = replace(
+        WAYS[way],
+        bias=True,
+        residual="after",
+        activation="relu",
+        input_pixel=conv.in_channels + 1,
+        output_pixel=conv.out_channels + 50,
+        residual_pixel=conv.out_channels + 3,
+    )
+    tile = Tile(3, 1, 4, legal_channels(conv)[0], lines=2, ahead=True)
+    verify(Case(spec, replace(tile, vectors=2, blocks=2), 2, threads=2), target)
+    verify(Case(replace(spec, residual="before", ordered=True), tile, 2), target)
+    planes = replace(spec, channels_last_output=False, output_pixel=None, residual_pixel=None)
+    verify(Case(planes, tile, 2), target)
 
 
 def _oblong(into: int, out: int, groups: int, kernel_size: tuple[int, int]) -> KernelSpec:
@@ -315,7 +354,7 @@ LONG = {
 @every_machine
 def test_long_sums_in_every_cut(target: Machine, name: str) -> None:
     """Right, and with rounding the same, whatever passes at a time; as NHWC and as NCHW."""
-    spec = replace(LONG[name], bias=True, residual=True, activation="relu")
+    spec = replace(LONG[name], bias=True, residual="before", activation="relu")
     assert has_total(spec.conv)
     given, results = rounded_numbers(Case(spec, Tile(1, 1, 1, 1), 1)), []
     for number, channels in enumerate(legal_channels(spec.conv)[:5]):
@@ -436,7 +475,7 @@ ACCURATE = {
 @pytest.mark.parametrize("name", ACCURATE)
 @every_machine
 def test_as_exact_as_torch(target: Machine, name: str) -> None:
-    spec = replace(ACCURATE[name], bias=True, residual=True)
+    spec = replace(ACCURATE[name], bias=True, residual="before")
     for activation in (None, "silu") if name in ("width 4", "dense") else (None,):
         spec = replace(spec, activation=activation)
         case = Case(spec, candidates(spec, target)[0], 8)

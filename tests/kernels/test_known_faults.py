@@ -200,9 +200,7 @@ def test_activation_reaches_every_group(activation: str, groups: int, channels_l
     conv = ConvSpec(1, 16, 16, (8, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), groups)
     x, weight = 2 * torch.randn(2, 16, 8, 8), torch.randn(conv.weight_shape)
     bias, residual = torch.randn(16), torch.randn(2, 16, 8, 8)
-    spec = KernelSpec(
-        conv, channels_last, channels_last, True, residual=True, activation=activation, slope=0.1
-    )
+    spec = KernelSpec(conv, channels_last, channels_last, True, "before", activation, slope=0.1)
     made = tuning.tuned(spec)
     y = _laid_out(torch.full((2, 16, 8, 8), math.nan), channels_last)
     given = (_laid_out(t, channels_last) for t in (x, residual))

@@ -14,6 +14,7 @@ from groupconv.errors import ArgumentError
 from groupconv.kernels.reference import group_conv_reference
 from groupconv.kernels.spec import (
     ConvSpec,
+    KernelSpec,
     check_groups,
     is_int,
     legal_groups,
@@ -185,6 +186,48 @@ def test_illegal_records(change: dict[str, object], message: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         dataclasses.replace(LEGAL, **change)
     assert message in str(caught.value)
+
+
+PLAIN = ConvSpec(1, 12, 18, (8, 7), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": True}, "residual=True must be None or one of before, after"),
+        ({"activation": "tanh"}, "activation='tanh' must be None or one of relu"),
+        ({"input_pixel": 11}, "input_pixel=11 must be an integer >= 12, the channels of a pixel"),
+        ({"input_pixel": 12.0}, "input_pixel=12.0 must be an integer >= 12"),
+        ({"output_pixel": 17}, "output_pixel=17 must be an integer >= 18"),
+        ({"residual": "after", "residual_pixel": 0}, "residual_pixel=0 must be an integer >= 18"),
+        ({"residual_pixel": 20}, "residual_pixel=20 needs a residual"),
+        (
+            {"input_pixel": 12, "channels_last_input": False},
+            "input_pixel=12 needs channels last, not NCHW",
+        ),
+        ({"output_pixel": 20, "channels_last_output": False}, "output_pixel=20 needs channels"),
+        (
+            {"residual": "before", "residual_pixel": 20, "channels_last_output": False},
+            "residual_pixel=20 needs channels last",
+        ),
+        ({"conv": dataclasses.replace(PLAIN, batch=2)}, "must be 2-d, plain, of one image"),
+    ],
+)
+def test_kernels_say_what_they_do_not_take(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        dataclasses.replace(KernelSpec(PLAIN), **change)
+    assert message in str(caught.value)
+
+
+def test_elements_between_pixels() -> None:
+    def strides(**rest: object) -> tuple[int, int, int]:
+        spec = KernelSpec(PLAIN, **rest)
+        return spec.input_stride, spec.output_stride, spec.residual_stride
+
+    assert strides() == (12, 18, 18)
+    assert strides(channels_last_input=False, channels_last_output=False) == (1, 1, 1)
+    assert strides(input_pixel=20, output_pixel=30) == (20, 30, 18)
+    assert strides(residual="after", residual_pixel=40) == (12, 18, 40)
 
 
 def test_records_are_hashable_and_frozen() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernels.kernel_cases import made, same_bits
+from kernels.kernel_cases import Case, made, rounded_numbers, run, same_bits
 from torch import Tensor
 
 from groupconv.kernels import kernel, openmp
@@ -84,6 +84,20 @@ def test_any_number_of_threads_and_any_batch(target: Machine, name: str) -> None
         for cut in ([1] * 5, [2, 3], [4, 1]):
             parts = [_call(built, part) for part in x.split(cut)]
             assert same_bits(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@every_machine
+def test_parts_of_the_work_make_up_the_whole(target: Machine, name: str) -> None:
+    """The work function called directly, for more threads than there are tasks too, and the
+    kernel, which asks the runtime for its threads."""
+    spec = SPECS[name]
+    case = Case(spec, candidates(spec, target)[0], 3)
+    given = rounded_numbers(case)
+    expected = run(case, target, given)
+    for threads in (1, 2, 3, 7, 1000):
+        assert same_bits(run(replace(case, threads=threads, direct=True), target, given), expected)
+    assert same_bits(run(replace(case, threads=2), target, given), expected)
 
 
 def test_threads_are_used(monkeypatch: pytest.MonkeyPatch) -> None:

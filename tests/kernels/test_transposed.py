@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.kernel_cases import SWEEP, Case, Numbers, convolved, run
+from kernels.kernel_cases import SWEEP, Case, Numbers, convolved, run, transposed
 from torch import Tensor
 
 from groupconv.kernels.candidates import candidates
@@ -23,27 +23,6 @@ _TORCH: tuple[Callable[..., Tensor], ...] = (
     F.conv_transpose2d,
     F.conv_transpose3d,
 )
-
-
-@st.composite
-def transposed(draw: st.DrawFn, dims: int) -> ConvSpec:
-    axes = [draw(_axes()) for _ in range(dims)]
-    size, kernel_size, stride, padding, dilation, extra = zip(*axes, strict=True)
-    groups = draw(st.integers(1, 3))
-    return ConvSpec(
-        1, groups * draw(st.integers(1, 6)), groups * draw(st.integers(1, 6)), size, kernel_size,
-        stride, padding, dilation, groups, True, extra,
-    )  # fmt: skip
-
-
-@st.composite
-def _axes(draw: st.DrawFn) -> tuple[int, int, int, tuple[int, int], int, int]:
-    """Size, kernel, stride, padding, dilation and output padding of one axis."""
-    size, k, stride, dilation = (draw(st.integers(1, most)) for most in (7, 5, 4, 3))
-    extra = draw(st.integers(0, max(stride, dilation) - 1))
-    whole = (size - 1) * stride + dilation * (k - 1) + 1 + extra
-    pad = draw(st.integers(0, (whole - 1) // 2))
-    return size, k, stride, (pad, pad), dilation, extra
 
 
 def _whole(conv: ConvSpec, x: Tensor, weight: Tensor) -> Tensor:

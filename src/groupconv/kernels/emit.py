@@ -5,6 +5,7 @@ arithmetic on known sizes leaves no instructions behind.
 """
 
 import contextlib
+import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
 
@@ -291,6 +292,14 @@ class Emitter:
         """``value`` in every lane, rounded to float32."""
         return f"splat (float {_hex(value)})"
 
+    def integer(self, value: Value) -> str:
+        """An integer in every lane, rounded to float32."""
+        if isinstance(value, int):
+            return self.constant(float(value))
+        single = self.let(f"sitofp i64 {value} to float")
+        first = self.let(f"insertelement {self.vector} poison, float {single}, i64 0")
+        return self._shuffle(self.vector, first, "poison", [0] * self.lanes)
+
     def shuffle(self, a: str, b: str, lanes: Sequence[int | None]) -> str:
         """Lane i holds lane ``lanes[i]`` of ``a`` followed by ``b``; None leaves it undefined."""
         return self._shuffle(self.vector, a, b, lanes)
@@ -306,6 +315,12 @@ class Emitter:
         """``fadd``, ``fsub``, ``fmul`` or ``fdiv``."""
         return self.let(f"{operation} {self.vector} {a}, {b}")
 
+    def maximum(self, a: str, b: str) -> str:
+        """The larger one, NaN where either is; of 0.0 and -0.0 any."""
+        v, function = self.vector, f"llvm.maximum.v{self.lanes}f32"
+        self.declarations.add(f"declare {v} @{function}({v}, {v})")
+        return self.let(f"call nsz {v} @{function}({v} {a}, {v} {b})")
+
     def select(self, condition: str, a: str, b: str) -> str:
         return self.let(f"select {self._bits} {condition}, {self.vector} {a}, {self.vector} {b}")
 
@@ -313,8 +328,24 @@ class Emitter:
         """Lane by lane, false for NaN."""
         return self.let(f"fcmp olt {self.vector} {a}, {b}")
 
+    def equal(self, a: str, b: str) -> str:
+        """Lane by lane, false for NaN."""
+        return self.let(f"fcmp oeq {self.vector} {a}, {b}")
+
     def negate(self, a: str) -> str:
         return self.let(f"fneg {self.vector} {a}")
+
+    def absolute(self, a: str) -> str:
+        return self._unary("fabs", a)
+
+    def square_root(self, a: str) -> str:
+        """Rounded as IEEE 754 says; NaN below zero."""
+        return self._unary("sqrt", a)
+
+    def with_sign(self, a: str, sign: str) -> str:
+        """``a`` with the sign of ``sign``, lane by lane."""
+        v = self.vector
+        return self.call(v, f"llvm.copysign.v{self.lanes}f32", f"{v}, {v}", f"{v} {a}, {v} {sign}")
 
     def add_to_exponent(self, a: str, low_bits: str) -> str:
         """``a * 2**n``, where n is the integer in the low bits of each lane of ``low_bits``."""
@@ -324,6 +355,36 @@ class Emitter:
         bits = self.let(f"bitcast {self.vector} {a} to {integers}")
         scaled = self.let(f"add {integers} {bits}, {shifted}")
         return self.let(f"bitcast {integers} {scaled} to {self.vector}")
+
+    def scale(self, a: str, low_bits: str) -> str:
+        """The same for any n between -250 and 250 and any ``a``, NaN included: rounded once where
+        the result is subnormal, infinite where it is too large."""
+        integers = f"<{self.lanes} x i32>"
+        n = self.let(f"bitcast {self.vector} {low_bits} to {integers}")
+        # A shift keeps the low bits of the half right, whatever is in the high ones.
+        half = self.let(f"ashr {integers} {n}, splat (i32 1)")
+        rest = self.let(f"sub {integers} {n}, {half}")
+        for part in (half, rest):
+            power = self.let(f"bitcast {integers} {part} to {self.vector}")
+            a = self.arithmetic("fmul", a, self.add_to_exponent(self.constant(1.0), power))
+        return a
+
+    def split(self, a: str) -> tuple[str, str]:
+        """m and n so that ``a = m * 2**n``, m between sqrt(1/2) and sqrt(2), n an integer.
+
+        Of normal positive numbers; of others the result means nothing.
+        """
+        integers = f"<{self.lanes} x i32>"
+        bits = self.let(f"bitcast {self.vector} {a} to {integers}")
+        # The bits of sqrt(1/2): what is above them in the place of the exponent is n.
+        above = self.let(f"sub {integers} {bits}, splat (i32 {0x3F3504F3})")
+        n = self.let(f"ashr {integers} {above}, splat (i32 23)")
+        shifted = self.let(f"shl {integers} {n}, splat (i32 23)")
+        m = self.let(f"sub {integers} {bits}, {shifted}")
+        return (
+            self.let(f"bitcast {integers} {m} to {self.vector}"),
+            self.let(f"sitofp {integers} {n} to {self.vector}"),
+        )
 
     def transpose(self, rows: Sequence[str]) -> list[str]:
         """The columns of ``lanes`` vectors, as vectors."""
@@ -346,6 +407,10 @@ class Emitter:
     def unordered(self, a: str) -> str:
         """Lane by lane, whether it is NaN."""
         return self.let(f"fcmp uno {self.vector} {a}, {a}")
+
+    def _unary(self, function: str, a: str) -> str:
+        v = self.vector
+        return self.call(v, f"llvm.{function}.v{self.lanes}f32", v, f"{v} {a}")
 
     @property
     def _bits(self) -> str:
@@ -377,5 +442,5 @@ def _pieces(count: int) -> list[tuple[int, int]]:
 
 def _hex(value: float) -> str:
     """A float32 as LLVM writes it: the bits of the double of the same value."""
-    single = struct.unpack("f", struct.pack("f", value))[0]
+    single = ctypes.c_float(value).value
     return f"0x{struct.unpack('<Q', struct.pack('<d', single))[0]:016X}"

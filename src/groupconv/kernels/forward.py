@@ -39,14 +39,13 @@ class BlockFunction:
         conv = spec.conv
         self.staged_output = not spec.channels_last_output
         # Distances in elements between neighbouring pixels and rows.
-        self.input_pixel = block.inputs if spec.staged_input else conv.in_channels
+        self.input_pixel = block.inputs if spec.staged_input else spec.input_stride
         self.input_row = self.input_pixel * conv.input_size[1]
         if self.staged_output:
             self.output_pixel = block.outputs
             self.output_row = block.outputs * conv.output_size[1]
         else:
-            self.output_pixel = conv.out_channels * spec.step[1]
-            self.output_row = conv.out_channels * spec.output_tensor_size[1] * spec.step[0]
+            self.output_pixel, self.output_row = self._distances(spec.output_stride)
         # Whether no row of the kernel ever falls outside the image.
         self.inside = max(conv.padding[0]) <= 0
         self.chunk = sum_channels(conv)
@@ -59,6 +58,12 @@ class BlockFunction:
             conv.kernel_size[0] * block.width * conv.kernel_size[1]
             * len(block.vectors) * machine.lanes
         )  # fmt: skip
+
+    def _distances(self, stride: int) -> tuple[int, int]:
+        """Elements between neighbouring outputs, and between their rows, in a tensor whose pixels
+        lie ``stride`` apart."""
+        down, across = self.spec.step
+        return stride * across, stride * self.spec.output_tensor_size[1] * down
 
     def write(self) -> str:
         e, lines = self.e, self.tile.lines
@@ -110,19 +115,11 @@ class BlockFunction:
         if not self.staged_output:
             at = e.add(at, first_output)
         target = e.offset("%y", at)
+        places = self._places(strip, lines, self.output_pixel, self.output_row)
         starts = ["zeroinitializer"] * len(block.vectors)
         if self.spec.bias:
             bias = e.offset("%bias", first_output)
             starts = [e.load(bias, v.offset, len(v.sources)) for v in block.vectors]
-        places = [
-            (
-                line * self.output_row + pixel * self.output_pixel + vector.offset,
-                len(vector.sources),
-            )
-            for line in range(lines)
-            for pixel in range(strip.size)
-            for vector in block.vectors
-        ]
         fresh = list(starts) * (strip.size * lines)
         sums = fresh
         if self.channels < block.width:
@@ -138,17 +135,32 @@ class BlockFunction:
             self._ask_ahead(strip, lines, corner, top)
         sums = self._total(strip, lines, corner, w, top, channel, sums)
         if not self.staged_output and (self.spec.residual or self.spec.activation):
-            added = e.offset("%residual", at)
+            added, beside = at, places
+            if self.spec.residual and self.spec.residual_stride != self.spec.output_stride:
+                pixel, line = self._distances(self.spec.residual_stride)
+                added = e.add(e.add(e.mul(row, line), e.mul(column, pixel)), first_output)
+                beside = self._places(strip, lines, pixel, line)
+            residual = e.offset("%residual", added)
             if self.channels < block.width:
                 sums = e.choose(
                     e.let(f"icmp sge i64 {e.add(channel, self.channels)}, {block.width}"),
-                    lambda: self._finish(sums, added, places),
+                    lambda: self._finish(sums, residual, beside),
                     lambda: sums,
                 )
             else:
-                sums = self._finish(sums, added, places)
+                sums = self._finish(sums, residual, beside)
         for value, place in zip(sums, places, strict=True):
             e.store(value, target, *place)
+
+    def _places(self, strip: Strip, lines: int, pixel: int, row: int) -> list[tuple[int, int]]:
+        """Where the sums of a tile go, counted from its first output, and how many lanes of each;
+        ``pixel`` and ``row`` are the elements between neighbours."""
+        return [
+            (y * row + x * pixel + vector.offset, len(vector.sources))
+            for y in range(lines)
+            for x in range(strip.size)
+            for vector in self.block.vectors
+        ]
 
     def _ask_ahead(self, strip: Strip, lines: int, x: str, top: Value) -> None:
         """Ask for the rows of the input that the next rows of outputs are the first to need."""
@@ -164,12 +176,17 @@ class BlockFunction:
 
     def _finish(self, sums: list[str], residual: str, places: list[tuple[int, int]]) -> list[str]:
         e, spec = self.e, self.spec
-        if spec.residual:
-            sums = [
+
+        def add() -> list[str]:
+            return [
                 e.arithmetic("fadd", value, e.load(residual, *place))
                 for value, place in zip(sums, places, strict=True)
             ]
-        return [activate(e, spec.activation, spec.slope, value) for value in sums]
+
+        if spec.residual == "before":
+            sums = add()
+        sums = [activate(e, spec.activation, spec.slope, value) for value in sums]
+        return add() if spec.residual == "after" else sums
 
     def _total(
         self,

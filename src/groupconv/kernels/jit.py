@@ -69,20 +69,22 @@ def _engine() -> llvm.ExecutionEngine:
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), target, use_lmm=True)
 
 
-_loaded: dict[str, Function] = {}
-
-
 def load(code: bytes, name: str, prototype: Callable[[int], Function]) -> Function:
-    """The function ``name`` of an object file, as ``prototype`` (a ctypes function type) has it.
+    """The function at :func:`address`, as ``prototype`` (a ctypes function type) has it."""
+    return prototype(address(code, name))
 
-    The name stands for the code: where it was loaded before, that function is returned.
+
+def address(code: bytes, name: str) -> int:
+    """Where the function ``name`` of an object file lies in this process.
+
+    The name stands for the code: where it is there already, that function is meant.
     """
     with _lock:
-        if name not in _loaded:
-            engine = _engine()
+        engine = _engine()
+        found = engine.get_function_address(name)
+        if not found:
             engine.add_object_file(llvm.ObjectFileRef.from_data(code))
             engine.finalize_object()
-            address = engine.get_function_address(name)
-            assert address
-            _loaded[name] = prototype(address)
-        return _loaded[name]
+            found = engine.get_function_address(name)
+        assert found
+        return found

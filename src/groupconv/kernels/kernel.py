@@ -25,6 +25,8 @@ class Kernel:
 
     Args:
         function: the machine code; takes ``module.ARGUMENTS``.
+        work: address of what each thread of it runs, ``void work(record, thread, threads)``, where
+            record points at ``module.RECORD``, and thread is below threads.
         buffer: float32 values that each thread needs for staging.
         seconds: a guess of the time of one image on one thread.
     """
@@ -33,6 +35,7 @@ class Kernel:
     machine: Machine
     tile: Tile
     function: jit.Function
+    work: int
     buffer: int
     seconds: float
 
@@ -67,16 +70,18 @@ class Kernel:
     ) -> tuple[tuple[int | None, ...], Tensor | None]:
         """What ``function`` takes to compute ``y``, and a buffer to keep while it runs.
 
-        All tensors are float32 and dense in the layouts of the spec.
+        All tensors are float32 and lie in memory as the spec says: dense, or slices of the channels
+        of wider ones.
 
         Args:
             x: ``(N, in_channels, H, W)``.
             packed: what :meth:`pack` returned.
             bias: ``(out_channels,)``.
             y: ``(N, out_channels, *spec.output_tensor_size)``.
-            residual: as y.
+            residual: as y, but in other memory.
             order: ``(in_channels,)`` int64; channel i of the convolution is ``x[:, order[i]]``.
-            offset: element of an image of y where the first output goes.
+            offset: element of an image of y where the first output goes; the residual starts at
+                the same pixel.
         """
         threads, images = openmp.threads(), x.shape[0]
         if threads > 1 and self.seconds * images < _WORTH_SHARING:
@@ -87,7 +92,7 @@ class Kernel:
             x.data_ptr(),
             packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr() + 4 * offset,
+            None if residual is None else residual.data_ptr() + 4 * self._beside(offset),
             None if order is None else order.data_ptr(),
             y.data_ptr() + 4 * offset,
             None if buffer is None else buffer.data_ptr(),
@@ -99,6 +104,10 @@ class Kernel:
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
         )
         return pointers, buffer
+
+    def _beside(self, offset: int) -> int:
+        """Element of an image of the residual at the pixel where ``offset`` is in one of y."""
+        return offset // self.spec.output_stride * self.spec.residual_stride
 
 
 def _buffer(elements: int) -> Tensor:
@@ -127,8 +136,10 @@ def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
     seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
     buffer = module.buffer_size(spec, machine, tile)
-    function = jit.load(code, _name(spec, machine, tile), module.PROTOTYPE)
-    return Kernel(spec, machine, tile, function, buffer, seconds)
+    name = _name(spec, machine, tile)
+    function = jit.load(code, name, module.PROTOTYPE)
+    work = jit.address(code, module.work_name(name))
+    return Kernel(spec, machine, tile, function, work, buffer, seconds)
 
 
 def _name(spec: KernelSpec, machine: Machine, tile: Tile) -> str:

@@ -8,6 +8,7 @@ tasks. No sum depends on how the tasks are shared out.
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
 
 from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.emit import Emitter, Value
@@ -17,13 +18,14 @@ from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.staging import InputStage, OutputStage
 from groupconv.kernels.tile import Tile
 
-# What a kernel is called with, in this order. ``rows`` and ``blocks`` are those of the tile, and
-# ``share`` the elements of the buffer for each thread, so that tiles that differ in nothing else
-# share their code; the last three are functions of the OpenMP runtime.
-ARGUMENTS = (
+# What the work is done on: a record of eight bytes each, in this order. ``rows`` and ``blocks``
+# are those of the tile, and ``share`` the elements of the buffer for each thread, so that tiles
+# that differ in nothing else share their code.
+RECORD = (
     "x", "w", "bias", "residual", "order", "y", "buffer", "images", "rows", "blocks", "share",
-    "threads", "parallel", "thread_number", "thread_count",
 )  # fmt: skip
+# What a kernel is called with; the last three are functions of the OpenMP runtime.
+ARGUMENTS = (*RECORD, "threads", "parallel", "thread_number", "thread_count")
 _INTEGERS = ("images", "rows", "blocks", "share", "threads")
 PROTOTYPE = ctypes.CFUNCTYPE(
     None, *(ctypes.c_int64 if name in _INTEGERS else ctypes.c_void_p for name in ARGUMENTS)
@@ -60,13 +62,19 @@ def _output_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value
     )
 
 
+def _image(stride: int, channels: int, size: Sequence[int]) -> int:
+    """Elements from one image to the next; pixels lie ``stride`` apart, in NCHW 1."""
+    return max(stride, channels) * math.prod(size)
+
+
 def _whole_lines(e: Emitter, elements: Value) -> Value:
     """Rounded up to cache lines, so that no two threads write to the same one."""
     return e.mul(e.div(e.add(elements, 15), 16), 16)
 
 
 def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
-    """The module; its function ``name`` takes :data:`ARGUMENTS`."""
+    """The module of ``void @name(ARGUMENTS)``, and of what each of its threads runs:
+    ``void @name_work(ptr record, i64 thread, i64 threads)``, with :data:`RECORD`."""
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     kernels = [
         BlockFunction(spec, block, machine, tile, f"block{i}") for i, block in enumerate(kinds)
@@ -88,7 +96,7 @@ def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
         *outputs.values(),
     ]
     texts = [function.write() for function in functions]
-    texts += [work.write(f"{name}.work"), _entry(name, machine)]
+    texts += [work.write(work_name(name)), _member(name, machine), _entry(name, machine)]
     declarations = work.e.declarations.union(*(function.e.declarations for function in functions))
     bits = 32 * machine.lanes
     return "\n".join(
@@ -102,6 +110,11 @@ def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
     )
 
 
+def work_name(name: str) -> str:
+    """The function that does one thread's part of the work of the kernel ``name``."""
+    return f"{name}_work"
+
+
 def _entry(name: str, machine: Machine) -> str:
     """Put the arguments into a record and run the work on it, on every thread."""
     e = Emitter(machine)
@@ -113,15 +126,36 @@ def _entry(name: str, machine: Machine) -> str:
     several = e.let("icmp sgt i64 %threads, 1")
     with e.when(several):
         threads = e.let("trunc i64 %threads to i32")
-        e.do(f"call void %parallel(ptr @{name}.work, ptr {record}, i32 {threads}, i32 0)")
+        e.do(f"call void %parallel(ptr @{name}.member, ptr {record}, i32 {threads}, i32 0)")
         e.do("ret void")
         e.unreachable("alone")
-    e.do(f"call void @{name}.work(ptr {record})")
+    e.do(f"call void @{work_name(name)}(ptr {record}, i64 0, i64 1)")
     e.do("ret void")
     parameters = ", ".join(
         f"{'i64' if argument in _INTEGERS else 'ptr'} %{argument}" for argument in ARGUMENTS
     )
     return f"define void @{name}({parameters}) #0 {{\n{e.text()}\n}}\n"
+
+
+def _member(name: str, machine: Machine) -> str:
+    """What each thread of a team runs: it asks for its number and does its part."""
+    e = Emitter(machine)
+    _unpack(e, ("thread_number", "thread_count"))
+    thread, threads = (
+        e.let(f"sext i32 {e.let(f'call i32 %{function}()')} to i64")
+        for function in ("thread_number", "thread_count")
+    )
+    e.do(f"call void @{work_name(name)}(ptr %record, i64 {thread}, i64 {threads})")
+    e.do("ret void")
+    return f"define internal void @{name}.member(ptr %record) #0 {{\n{e.text()}\n}}\n"
+
+
+def _unpack(e: Emitter, names: Sequence[str]) -> None:
+    """Values of ``%record`` under the names that :data:`ARGUMENTS` gives them."""
+    for name in names:
+        kind = "i64" if name in _INTEGERS else "ptr"
+        place = e.let(f"getelementptr i64, ptr %record, i64 {ARGUMENTS.index(name)}")
+        e.do(f"%{name} = load {kind}, ptr {place}")
 
 
 class _Work:
@@ -142,18 +176,14 @@ class _Work:
 
     def write(self, name: str) -> str:
         e, conv = self.e, self.spec.conv
-        for i, argument in enumerate(ARGUMENTS):
-            kind = "i64" if argument in _INTEGERS else "ptr"
-            place = e.let(f"getelementptr i64, ptr %record, i64 {i}")
-            e.do(f"%{argument} = load {kind}, ptr {place}")
-        thread, threads = self._team()
+        _unpack(e, RECORD)
         chunks = self._parts(conv.output_size[0], "%rows")
         parts = [self._parts(block.count, "%blocks") for block in self.kinds]
         per_chunk = functools.reduce(e.add, parts)
         total = e.mul("%images", e.mul(chunks, per_chunk))
-        start = e.div(e.mul(total, thread), threads)
-        stop = e.div(e.mul(total, e.add(thread, 1)), threads)
-        buffer = e.offset("%buffer", e.mul(thread, "%share"))
+        start = e.div(e.mul(total, "%thread"), "%threads")
+        stop = e.div(e.mul(total, e.add("%thread", 1)), "%threads")
+        buffer = e.offset("%buffer", e.mul("%thread", "%share"))
         results = buffer
         if self.outputs:
             results = e.offset(buffer, _input_buffer(e, self.spec, self.kinds, "%rows"))
@@ -164,24 +194,13 @@ class _Work:
             chunk, part = e.div(task, per_chunk), e.rem(task, per_chunk)
             self._task(chunk, chunks, part, parts, buffer, results, staged)
         e.do("ret void")
-        return f"define internal void @{name}(ptr %record) #0 {{\n{e.text()}\n}}\n"
+        return (
+            f"define void @{name}(ptr %record, i64 %thread, i64 %threads) #0 {{\n{e.text()}\n}}\n"
+        )
 
     def _parts(self, whole: int, size: Value) -> Value:
         """How many parts of ``size`` at most make up the whole."""
         return self.e.div(self.e.add(size, whole - 1), size)
-
-    def _team(self) -> tuple[Value, Value]:
-        """This thread's number and the size of its team, asked only where there is a team."""
-        e = self.e
-        numbers = [e.let("alloca i64"), e.let("alloca i64")]
-        for number, alone in zip(numbers, (0, 1), strict=True):
-            e.do(f"store i64 {alone}, ptr {number}")
-        with e.when(e.let("icmp sgt i64 %threads, 1")):
-            for number, function in zip(numbers, ("thread_number", "thread_count"), strict=True):
-                answer = e.let(f"call i32 %{function}()")
-                e.do(f"store i64 {e.let(f'sext i32 {answer} to i64')}, ptr {number}")
-        thread, threads = (e.let(f"load i64, ptr {number}") for number in numbers)
-        return thread, threads
 
     def _task(
         self,
@@ -197,9 +216,15 @@ class _Work:
         image, rows = e.div(chunk, chunks), e.rem(chunk, chunks)
         first = e.mul(rows, "%rows")
         last = e.min(e.add(first, "%rows"), conv.output_size[0])
-        x = e.offset("%x", e.mul(image, conv.in_channels * math.prod(conv.input_size)))
-        size = e.mul(image, conv.out_channels * math.prod(spec.output_tensor_size))
-        y, residual = e.offset("%y", size), e.offset("%residual", size)
+        into, out, written = conv.in_channels, conv.out_channels, spec.output_tensor_size
+        x, y, residual = (
+            e.offset(name, e.mul(image, _image(stride, channels, size)))
+            for name, stride, channels, size in (
+                ("%x", spec.input_stride, into, conv.input_size),
+                ("%y", spec.output_stride, out, written),
+                ("%residual", spec.residual_stride, out, written),
+            )
+        )
         parts_before: Value = 0
         weights_before = 0
         for kind, kernel, count in zip(self.kinds, self.kernels, parts, strict=True):

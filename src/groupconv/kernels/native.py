@@ -1,20 +1,12 @@
 """The generated kernels as an implementation of PyTorch's convolutions."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from groupconv.kernels import openmp, tuning
+from groupconv.kernels import openmp
+from groupconv.kernels.parts import parts
 from groupconv.kernels.request import Request
-from groupconv.kernels.spec import ConvSpec, KernelSpec
-from groupconv.kernels.transposed import Phase, phases
 from groupconv.kernels.weights import packed
-
-# Pixels that a row should have at least, where it may have any number.
-_ROW = 96
 
 
 class Native:
@@ -22,32 +14,30 @@ class Native:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        conv = _on_two_axes(replace(request.conv, batch=1))
+        conv = request.conv
         # The batch is that of the request: a call with another is another request.
         like = _layout(
-            torch.empty(
-                request.conv.batch, conv.out_channels, *request.conv.output_size, device="meta"
-            ),
+            torch.empty(conv.batch, conv.out_channels, *conv.output_size, device="meta"),
             request.channels_last_output,
         )
         self.size, self.strides = like.shape, like.stride()
-        self.ones = [1] * len(request.conv.output_size)
+        self.ones = [1] * len(conv.output_size)
         self.ready = request.dense and request.dtype == torch.float32
-        self.parts = phases(conv) if conv.transposed else [_whole(conv)]
-        # Outputs that no tap reaches hold the bias alone.
-        covered = sum(math.prod(part.conv.output_size) for part in self.parts)
-        self.sparse = covered < math.prod(conv.output_size)
-        self.kernels = [
-            tuning.tuned(_kernel_spec(request, conv, part), request.conv.batch)
-            for part in self.parts
-        ]
-        pixel = conv.out_channels if request.channels_last_output else 1
-        self.offsets = [
-            pixel * (part.start[0] * conv.output_size[1] + part.start[1]) for part in self.parts
-        ]
-        # As text, whose hash is remembered.
+        whole = parts(
+            conv,
+            channels_last_input=request.channels_last_input,
+            channels_last_output=request.channels_last_output,
+            bias=request.bias,
+        )
+        self.parts, self.sparse = whole.parts, whole.sparse
+        self.kernels = [part.kernel(conv.batch) for part in self.parts]
+        self.offsets = [part.offset for part in self.parts]
+        # All that packing depends on, as text, whose hash is remembered.
         self.key = repr(
-            [(part, k.machine, k.tile) for part, k in zip(self.parts, self.kernels, strict=True)]
+            [
+                (part.spec.conv, part.phase, kernel.machine, kernel.tile)
+                for part, kernel in zip(self.parts, self.kernels, strict=True)
+            ]
         )
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,6 +66,7 @@ class Native:
     ) -> None:
         """Fill ``y`` from dense float32 tensors and packed weights."""
         if self.sparse:
+            # Outputs that no tap reaches hold the bias alone.
             y.copy_(torch.zeros(()) if bias is None else bias.detach().reshape(-1, *self.ones))
         for kernel, w, offset in zip(self.kernels, weights, self.offsets, strict=True):
             kernel(x, w, bias, y, offset=offset)
@@ -84,10 +75,6 @@ class Native:
         """``weight`` as :meth:`compute` takes it."""
         with torch.no_grad():
             weight = weight.to(torch.float32)
-            if weight.ndim == 3:
-                weight = weight.unsqueeze(2)
-            if not self.request.conv.transposed:
-                return (self.kernels[0].pack(weight),)
             return tuple(
                 kernel.pack(part.weight(weight))
                 for kernel, part in zip(self.kernels, self.parts, strict=True)
@@ -97,40 +84,3 @@ class Native:
 def _layout(x: Tensor, channels_last: bool) -> Tensor:
     """``x`` dense in memory, its channels innermost or not."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
-
-
-def _on_two_axes(conv: ConvSpec) -> ConvSpec:
-    """A 1-d convolution as a 2-d one on images of one row."""
-    if len(conv.input_size) == 2:
-        return conv
-    return replace(
-        conv,
-        input_size=(1, *conv.input_size),
-        kernel_size=(1, *conv.kernel_size),
-        stride=(1, *conv.stride),
-        padding=((0, 0), *conv.padding),
-        dilation=(1, *conv.dilation),
-        output_padding=(0, *conv.output_padding) if conv.output_padding else (),
-    )
-
-
-def _whole(conv: ConvSpec) -> Phase:
-    """All of a plain convolution. Where pixels don't meet, rows become long enough for tiles."""
-    height, width = conv.input_size
-    alone = (1, 1) == conv.kernel_size == conv.stride and conv.output_size == conv.input_size
-    if alone and width < _ROW and conv.padding == ((0, 0), (0, 0)):
-        pixels = height * width
-        row = next(n for n in range(1, pixels + 1) if pixels % n == 0 and n >= min(_ROW, pixels))
-        conv = replace(conv, input_size=(pixels // row, row))
-    taps: Sequence[int] = conv.kernel_size
-    return Phase(conv, tuple(tuple(range(k)) for k in taps), (0, 0))
-
-
-def _kernel_spec(request: Request, conv: ConvSpec, part: Phase) -> KernelSpec:
-    spec = KernelSpec(
-        part.conv, request.channels_last_input, request.channels_last_output, request.bias
-    )
-    if not conv.transposed:
-        return spec
-    height, width = conv.output_size
-    return replace(spec, step=(conv.stride[0], conv.stride[1]), written_size=(height, width))

@@ -14,6 +14,9 @@ from groupconv.errors import ArgumentError
 Ints = int | Sequence[int]
 
 ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "leaky_relu", "sigmoid")
+# Where a residual is added: activation(conv + bias + residual), or activation(conv + bias) +
+# residual.
+RESIDUALS = ("before", "after")
 
 
 def legal_groups(in_channels: int, out_channels: int) -> list[int]:
@@ -192,30 +195,41 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What one generated kernel computes: ``activation(conv(x) + bias + residual)``.
+    """What one generated kernel computes: a convolution, and what is done to its results.
 
     Args:
         conv: a 2-d convolution of one image, not transposed; a kernel takes any batch.
         channels_last_input, channels_last_output: NHWC in memory, else NCHW.
-        bias, residual: whether there is one; a residual is laid out as the output.
+        bias: whether there is one.
+        residual: whether another tensor is added ``before`` or ``after`` the activation, or None.
+            It has the size and layout of the tensor that is written.
         activation: one of :data:`ACTIVATIONS`, or None.
         slope: of leaky_relu for negative values.
         ordered: whether the channels of the input are first put into an order given at run time.
         step: distance between neighbouring outputs, rows and columns, in the tensor that they
             are written to; above one where several kernels fill one tensor.
         written_size: spatial size of that tensor; the size of the output by default.
+        input_pixel, output_pixel, residual_pixel: elements from one pixel to the next where they
+            are more than the channels, as in a slice of a wider NHWC tensor. Rows and images then
+            lie as in that tensor.
+
+    Raises:
+        ArgumentError: a value breaks a rule.
     """
 
     conv: ConvSpec
     channels_last_input: bool = True
     channels_last_output: bool = True
     bias: bool = False
-    residual: bool = False
+    residual: str | None = None
     activation: str | None = None
     slope: float = 0.01
     ordered: bool = False
     step: tuple[int, int] = (1, 1)
     written_size: tuple[int, int] | None = None
+    input_pixel: int | None = None
+    output_pixel: int | None = None
+    residual_pixel: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.conv.input_size) != 2 or self.conv.transposed or self.conv.batch != 1:
@@ -225,6 +239,34 @@ class KernelSpec:
                 f"KernelSpec: activation={self.activation!r} must be None or one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
+        if self.residual is not None and self.residual not in RESIDUALS:
+            raise ArgumentError(
+                f"KernelSpec: residual={self.residual!r} must be None or one of "
+                f"{', '.join(RESIDUALS)}"
+            )
+        if self.residual_pixel is not None and self.residual is None:
+            raise ArgumentError(
+                f"KernelSpec: residual_pixel={self.residual_pixel!r} needs a residual"
+            )
+        into, out = self.conv.in_channels, self.conv.out_channels
+        _check_pixel("input_pixel", self.input_pixel, into, self.channels_last_input)
+        _check_pixel("output_pixel", self.output_pixel, out, self.channels_last_output)
+        _check_pixel("residual_pixel", self.residual_pixel, out, self.channels_last_output)
+
+    @property
+    def input_stride(self) -> int:
+        """Elements from one pixel of the input to the next; 1 in NCHW."""
+        return (self.input_pixel or self.conv.in_channels) if self.channels_last_input else 1
+
+    @property
+    def output_stride(self) -> int:
+        """The same of the tensor that is written."""
+        return (self.output_pixel or self.conv.out_channels) if self.channels_last_output else 1
+
+    @property
+    def residual_stride(self) -> int:
+        """The same of the residual."""
+        return (self.residual_pixel or self.conv.out_channels) if self.channels_last_output else 1
 
     @property
     def staged_input(self) -> bool:
@@ -240,6 +282,19 @@ class KernelSpec:
     def output_tensor_size(self) -> tuple[int, ...]:
         """Spatial size of the tensor that is written."""
         return self.written_size or self.conv.output_size
+
+
+def _check_pixel(name: str, value: int | None, channels: int, channels_last: bool) -> None:
+    """Raise ArgumentError unless pixels of ``channels`` can lie ``value`` elements apart."""
+    if value is None:
+        return
+    if not channels_last:
+        raise ArgumentError(f"KernelSpec: {name}={value!r} needs channels last, not NCHW")
+    if not is_int(value) or value < channels:
+        raise ArgumentError(
+            f"KernelSpec: {name}={value!r} must be an integer >= {channels}, "
+            "the channels of a pixel"
+        )
 
 
 def _check_axes(where: str, name: str, value: Any, count: int, minimum: int | None) -> None:

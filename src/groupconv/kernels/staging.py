@@ -32,14 +32,13 @@ class InputStage:
                 "%x", channel if self.spec.channels_last_input else e.mul(channel, plane)
             )
 
-        step = conv.in_channels if self.spec.channels_last_input else 1
         _in_squares(
             e,
             self.channels,
             blocked=not self.spec.channels_last_input,
             square=lambda pixel, c, count: self._square(from_channel, pixel, c, count),
             single=lambda pixel, c: e.copy(
-                e.offset(from_channel(c), e.mul(e.add("%first", pixel), step)),
+                e.offset(from_channel(c), e.mul(e.add("%first", pixel), self.spec.input_stride)),
                 e.offset("%buffer", e.add(e.mul(pixel, self.channels), c)),
             ),
         )
@@ -118,9 +117,16 @@ class OutputStage:
 
     def _finish(self, value: str, at: Value, count: int | None) -> None:
         e, spec = self.e, self.spec
-        if spec.residual:
-            value = e.arithmetic("fadd", value, e.load("%residual", at, count))
-        e.store(activate(e, spec.activation, spec.slope, value), "%y", at, count)
+
+        def add(value: str) -> str:
+            return e.arithmetic("fadd", value, e.load("%residual", at, count))
+
+        if spec.residual == "before":
+            value = add(value)
+        value = activate(e, spec.activation, spec.slope, value)
+        if spec.residual == "after":
+            value = add(value)
+        e.store(value, "%y", at, count)
 
     def call(
         self,

@@ -143,10 +143,11 @@ def _calls(spec: KernelSpec, images: int) -> Callable[[Kernel], Callable[[], Non
     """From a kernel to a call of it, on the same tensors for every kernel: as in a network, the
     caches still hold what was used last."""
     conv = spec.conv
-    x = _ones(spec.channels_last_input, images, conv.in_channels, *conv.input_size)
-    y = _ones(spec.channels_last_output, images, conv.out_channels, *spec.output_tensor_size)
-    bias = torch.ones(conv.out_channels, dtype=torch.float32) if spec.bias else None
-    residual = torch.ones_like(y) if spec.residual else None
+    into, out, written = conv.in_channels, conv.out_channels, spec.output_tensor_size
+    x = _ones(spec.input_stride, images, into, *conv.input_size)
+    y = _ones(spec.output_stride, images, out, *written)
+    bias = torch.ones(out, dtype=torch.float32) if spec.bias else None
+    residual = _ones(spec.residual_stride, images, out, *written) if spec.residual else None
     order = torch.arange(conv.in_channels) if spec.ordered else None
 
     def call(made: Kernel) -> Callable[[], None]:
@@ -157,6 +158,8 @@ def _calls(spec: KernelSpec, images: int) -> Callable[[Kernel], Callable[[], Non
     return call
 
 
-def _ones(channels_last: bool, *size: int) -> torch.Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=torch.float32, memory_format=layout).fill_(1.0)
+def _ones(stride: int, images: int, channels: int, *size: int) -> torch.Tensor:
+    """Images whose pixels lie ``stride`` elements apart: NCHW where it is 1."""
+    if stride == 1:
+        return torch.ones(images, channels, *size, dtype=torch.float32)
+    return torch.ones(images, *size, stride, dtype=torch.float32).movedim(-1, 1)[:, :channels]
