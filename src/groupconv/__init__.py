@@ -1,6 +1,7 @@
 """groupconv: a trained CNN goes in, a network of grouped convolutions comes out."""
 
 from groupconv import nn
+from groupconv.compiler.compiled import compile, load_compiled
 from groupconv.errors import ArgumentError, BudgetError, DataError, GroupConvError
 from groupconv.nn.explain import Explanation, explain
 from groupconv.optimize import (
@@ -27,8 +28,10 @@ __all__ = [
     "Result",
     "__version__",
     "apply",
+    "compile",
     "explain",
     "load",
+    "load_compiled",
     "nn",
     "optimize",
     "plan",

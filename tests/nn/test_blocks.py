@@ -1,4 +1,4 @@
-"""Blocks and ShuffleNet: shapes, sizes, gradients and illegal arguments."""
+"""Blocks: shapes, sizes, gradients and illegal arguments."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from compare import assert_close
 from torch import nn
 
 from groupconv.errors import ArgumentError
-from groupconv.models.shufflenet_v1 import ShuffleNetV1, shufflenet_v1
 from groupconv.nn import (
     GroupedBottleneck,
     InvertedResidual,
@@ -117,25 +116,6 @@ def test_shuffle_unit_keeps_the_pooled_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "parameters"),
-    [(1, 1531936), (2, 1733848), (3, 1865728), (4, 1968344), (8, 2434768)],
-)
-def test_shufflenet(groups: int, parameters: int) -> None:
-    model = ShuffleNetV1(groups).eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
-
-
-@pytest.mark.parametrize("width", [0.25, 0.5, 1.5, 2.0])
-def test_shufflenet_width(width: float) -> None:
-    model = shufflenet_v1(3, width, num_classes=10)
-    channels = [stage[-1].conv3.out_channels for stage in model.stages]
-    assert channels == [int(c * width) for c in (240, 480, 960)]
-    model(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize(
     ("block", "arguments", "message"),
     [
         (SeparableConv2d, (0, 8, 3), "in_channels=0"),
@@ -161,9 +141,6 @@ def test_shufflenet_width(width: float) -> None:
         (InvertedResidual, (8, 8, 1.5), "expand_ratio=1.5"),
         (InvertedResidual, (8, 8, 6, 4), "stride=4"),
         (InvertedResidual, (8, -8), "out_channels=-8"),
-        (ShuffleNetV1, (5,), "groups=5"),
-        (ShuffleNetV1, (3, 0), "out_channels=0"),
-        (ShuffleNetV1, (8, 0.01), "out_channels=3"),
     ],
 )
 def test_illegal_arguments(block: type[nn.Module], arguments: tuple, message: str) -> None:

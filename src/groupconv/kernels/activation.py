@@ -7,8 +7,8 @@ from groupconv.kernels.emit import Emitter
 
 # exp(r) for |r| <= log(2) / 2, by powers of r: 1/n!, which is within 1 ulp at degree 7.
 EXP = [1 / math.factorial(n) for n in range(8)]
-# log(2) in two parts, so that n * log(2) is subtracted without rounding.
-_LOG2_HIGH, _LOG2_LOW = 0.693359375, -2.12194440e-4
+# log(2) in two parts, so that n * log(2) is added or subtracted with one rounding.
+LOG2_HIGH, LOG2_LOW = 0.693359375, -2.12194440e-4
 # Adding it leaves the nearest integer in the low bits of the sum.
 ROUND = 1.5 * 2**23
 # exp(x) is finite and normal between these.
@@ -67,8 +67,8 @@ def reduce(e: Emitter, x: str) -> tuple[str, str]:
     """n and r so that e**x = 2**n * e**r, |r| <= log(2) / 2: n is the integer in the low bits."""
     shifted = e.multiply_add(x, e.constant(1 / math.log(2)), e.constant(ROUND))
     n = e.arithmetic("fsub", shifted, e.constant(ROUND))
-    r = e.multiply_add(n, e.constant(-_LOG2_HIGH), x)
-    return shifted, e.multiply_add(n, e.constant(-_LOG2_LOW), r)
+    r = e.multiply_add(n, e.constant(-LOG2_HIGH), x)
+    return shifted, e.multiply_add(n, e.constant(-LOG2_LOW), r)
 
 
 def clamp(e: Emitter, x: str, low: float, high: float) -> str:

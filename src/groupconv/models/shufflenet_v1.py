@@ -1,5 +1,8 @@
 """ShuffleNet v1 (Zhang et al. 2018, https://arxiv.org/abs/1707.01083)."""
 
+import itertools
+import math
+
 from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError
@@ -14,6 +17,7 @@ _STAGE_CHANNELS = {
     8: (384, 768, 1536),
 }
 _STAGE_UNITS = (4, 8, 4)
+_STEM_CHANNELS = 24
 
 
 class ShuffleNetV1(nn.Module):
@@ -21,15 +25,16 @@ class ShuffleNetV1(nn.Module):
 
     Args:
         groups: 1, 2, 3, 4 or 8, of the pointwise layers.
-        width: multiplies every stage's channels; 0.25, 0.5, 1, 1.5 or 2.
+        width: multiplies the channels of every layer, the first included; 0.25, 0.5, 1, 1.5 and 2
+            are usual. Products go to the nearest number that the groups divide.
         num_classes: size of the output.
 
     Shape:
         Input ``(N, 3, H, W)``, 224x224 in the paper; output logits ``(N, num_classes)``.
 
     Raises:
-        ArgumentError: groups is not one of the paper's, or width gives channels that can't be
-            split.
+        ArgumentError: groups is not one of the paper's, or width is so small that the channels
+            don't grow from stage to stage.
     """
 
     def __init__(self, groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> None:
@@ -38,17 +43,17 @@ class ShuffleNetV1(nn.Module):
             raise ArgumentError(
                 f"ShuffleNetV1: groups={groups!r} must be one of {sorted(_STAGE_CHANNELS)}"
             )
+        channels, *stage_channels = _channels(groups, width)
         self.conv1 = nn.Sequential(
-            GroupConv2d(3, 24, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(24),
+            GroupConv2d(3, channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
         )
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels, stages = 24, []
-        for stage, (full, units) in enumerate(
-            zip(_STAGE_CHANNELS[groups], _STAGE_UNITS, strict=True)
+        stages = []
+        for stage, (out_channels, units) in enumerate(
+            zip(stage_channels, _STAGE_UNITS, strict=True)
         ):
-            out_channels = int(full * width)
             layers = []
             for unit in range(units):
                 layers.append(
@@ -69,6 +74,26 @@ class ShuffleNetV1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.maxpool(self.conv1(x)))
         return self.fc(self.pool(x).flatten(1))
+
+
+def _channels(groups: int, width: float) -> list[int]:
+    """Of the first layer and of each stage."""
+    if not 0 < width < math.inf:
+        raise ArgumentError(f"ShuffleNetV1: width={width!r} must be a positive number")
+    channels = [_nearest(_STEM_CHANNELS * width, groups)]
+    # A quarter of a stage's channels are hidden ones, which the groups divide too.
+    channels += [_nearest(full * width, 4 * groups) for full in _STAGE_CHANNELS[groups]]
+    if not channels[0] or any(a >= b for a, b in itertools.pairwise(channels)):
+        raise ArgumentError(
+            f"ShuffleNetV1: width={width!r} is too small for groups={groups}: it gives {channels} "
+            "channels, which must grow from stage to stage"
+        )
+    return channels
+
+
+def _nearest(channels: float, divisor: int) -> int:
+    """The multiple of ``divisor`` nearest to ``channels``, the larger of two."""
+    return int(channels / divisor + 0.5) * divisor
 
 
 def shufflenet_v1(groups: int = 3, width: float = 1.0, num_classes: int = 1000) -> ShuffleNetV1:

@@ -1,0 +1,98 @@
+"""Convolutions as tasks: kernels with their packed weights."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from groupconv.compiler.graph import Convolution, Node, Value
+from groupconv.compiler.library import Library, shared
+from groupconv.compiler.memory import Place
+from groupconv.compiler.task import Pointer, Task
+from groupconv.kernels import module
+from groupconv.kernels.parts import Part, parts
+
+
+def convolve(
+    node: Node, operator: Convolution, places: dict[Value, Place], library: Library
+) -> Iterator[Task]:
+    """One task for each kernel that the convolution needs."""
+    x, *added = node.inputs
+    source, target = places[x], places[node.output]
+    residual = places[added[0]] if added else None
+    # Only a whole image can be one of planes; of a linear layer the output's channels are last too.
+    last = x.axis == 1 or node.output.axis != 1
+    whole = parts(
+        operator.conv,
+        channels_last_input=last,
+        bias=operator.bias is not None,
+        residual=operator.residual,
+        activation=operator.activation,
+        slope=operator.slope,
+        ordered=operator.order is not None,
+        input_pixel=source.pixel if last else None,
+        output_pixel=target.pixel,
+        residual_pixel=residual.pixel if residual else None,
+    )
+    assert not whole.sparse
+    order = None if operator.order is None else torch.tensor(operator.order)
+    for part in whole.parts:
+        yield _task(node, operator, part, (source, residual, target), order, library)
+
+
+def _task(
+    node: Node,
+    operator: Convolution,
+    part: Part,
+    places: tuple[Place, Place | None, Place],
+    order: Tensor | None,
+    library: Library,
+) -> Task:
+    source, residual, target = places
+    images = operator.conv.batch
+    kernel = library.kernel(part.spec, images)
+    what = f"{part.spec.conv} {part.phase} {kernel.machine} {kernel.tile.code}"
+    weight = shared(what, operator.weight, lambda whole: kernel.pack(part.weight(whole)))
+    bias = None if operator.bias is None else operator.bias.contiguous()
+    arguments: dict[str, int | Pointer] = {
+        "x": Pointer.to(source),
+        "w": weight.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "residual": Pointer.to(residual, part.residual_offset) if residual else 0,
+        "order": 0 if order is None else order.data_ptr(),
+        "y": Pointer.to(target, part.offset),
+        "buffer": Pointer(None),
+        "images": images,
+        "rows": kernel.tile.rows,
+        "blocks": kernel.tile.blocks,
+        "share": kernel.buffer,
+    }
+    conv = part.spec.conv
+    return Task(
+        name=node.name,
+        kind=_kind(operator),
+        function=kernel.work,
+        record=tuple(arguments[name] for name in module.RECORD),
+        seconds=kernel.seconds * images,
+        macs=images * conv.macs,
+        bytes=4 * (images * _elements(part) + weight.numel()),
+        output=node.output,
+        scratch=4 * kernel.buffer,
+        keep=tuple(t for t in (weight, bias, order) if t is not None),
+    )
+
+
+def _elements(part: Part) -> int:
+    """Of one image: input, output and residual."""
+    conv = part.spec.conv
+    outputs = conv.out_channels * math.prod(conv.output_size)
+    inputs = conv.in_channels * math.prod(conv.input_size)
+    return inputs + outputs * (2 if part.spec.residual else 1)
+
+
+def _kind(operator: Convolution) -> str:
+    conv = operator.conv
+    size = "x".join(map(str, conv.kernel_size))
+    groups = f", {conv.groups} groups" if conv.groups > 1 else ""
+    return f"{'transposed ' * conv.transposed}convolution {size}{groups}"

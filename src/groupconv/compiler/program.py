@@ -1,0 +1,76 @@
+"""Program: an optimized graph with its places, its steps, and sessions to run it in."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from groupconv.compiler import lower, memory
+from groupconv.compiler.graph import Graph, Value
+from groupconv.compiler.library import Library
+from groupconv.compiler.session import Session
+from groupconv.compiler.task import Task, empty
+from groupconv.kernels import openmp
+
+
+class Program:
+    """Runs a graph on inputs of its own sizes. Safe to call from several threads at once.
+
+    Args:
+        graph: after all passes.
+        library: where its native code comes from.
+    """
+
+    def __init__(self, graph: Graph, library: Library) -> None:
+        # In memory as native code finds values there.
+        constants = {value: empty(value).copy_(t) for value, t in graph.constants.items()}
+        self.graph = graph = replace(graph, constants=constants)
+        self.library = library
+        self.memory = memory.plan(graph)
+        self.steps = lower.lower(graph, self.memory, library)
+        # Sessions that no call uses now; taking and giving back are atomic.
+        self._free: deque[Session] = deque()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for ``inputs``, dense float32 tensors laid out as the graph's inputs are."""
+        session = self.session()
+        try:
+            return session(inputs)
+        finally:
+            self._free.append(session)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all that steps read beside values: packed weights, biases, orders."""
+        kept = {
+            id(tensor): tensor.nbytes
+            for step in self.steps
+            if isinstance(step, Task)
+            for tensor in step.keep
+        }
+        return sum(kept.values())
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Inputs of its sizes: random numbers, or zeros where they are integers."""
+        return tuple(map(_example, self.graph.inputs))
+
+    def session(self) -> Session:
+        """One that nobody else uses."""
+        threads = openmp.threads()
+        while self._free:
+            try:
+                session = self._free.pop()
+            except IndexError:
+                # Another thread took the last one just now.
+                break
+            if session.threads == threads:
+                return session
+        arena = torch.empty(self.memory.arena // 4)
+        return Session(self.graph, self.memory, self.steps, threads, arena)
+
+
+def _example(value: Value) -> Tensor:
+    made = empty(value)
+    return made.normal_() if value.dtype.is_floating_point else made.zero_()
