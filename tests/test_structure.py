@@ -39,11 +39,12 @@ ORDER = {
         "expression", "weights", "maps", "constants", "fold", "fuse", "reorder", "gather",
         "dissolve", "layout", "padding", "tidy", "passes",
         "steps", "memory", "library", "task", "convolve", "lower", "runner", "session", "program",
-        "profile", "records", "store", "compiled", "backend",
+        "algorithms", "profile", "records", "store", "compiled", "backend",
     ],
     "compiler/steps": [
         "step", "code", "entry", "channels", "window", "pool", "adaptive", "copy", "row",
         "functions", "map", "norm", "softmax", "shuffle", "gather", "pad", "relayout", "upsample",
+        "winograd",
     ],
     "data": ["images", "sample"],
     "targets": ["base", "eager", "native", "table"],

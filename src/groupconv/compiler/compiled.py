@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from groupconv.compiler import store
+from groupconv.compiler.algorithms import choose
 from groupconv.compiler.capture import capture
 from groupconv.compiler.library import Library
 from groupconv.compiler.passes import optimize
@@ -105,7 +106,8 @@ class Compiled(nn.Module):
                     f"a file runs those it was saved with: {legal}"
                 )
             graph, structure = capture(model, inputs)
-            self.add(Program(optimize(graph), self.library), structure)
+            graph = choose(optimize(graph), self.library)
+            self.add(Program(graph, self.library), structure)
             return self.programs[sizes]
 
     def add(self, program: Program, structure: pytree.TreeSpec) -> None:

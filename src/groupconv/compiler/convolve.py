@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from groupconv.compiler.graph import Convolution, Node, Value
+from groupconv.compiler.graph import Convolution, Node, Products, Value
 from groupconv.compiler.library import Library, shared
 from groupconv.compiler.memory import Place
 from groupconv.compiler.task import Pointer, Task
 from groupconv.kernels import module
 from groupconv.kernels.parts import Part, parts
+from groupconv.kernels.spec import ConvSpec
 
 
 def convolve(
@@ -39,6 +41,23 @@ def convolve(
     order = None if operator.order is None else torch.tensor(operator.order)
     for part in whole.parts:
         yield _task(node, operator, part, (source, residual, target), order, library)
+
+
+def multiply(
+    node: Node, operator: Products, places: dict[Value, Place], library: Library
+) -> Iterator[Task]:
+    """A task for each matrix: all are kernels of one pixel on an image of one row."""
+    (x,), y = node.inputs, node.output
+    count, rows, into = x.shape
+    conv = ConvSpec(1, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+    (part,) = parts(conv).parts
+    for number in range(count):
+        matrix = Convolution(conv, operator.weight[number].reshape(y.channels, into, 1, 1))
+        source, target = (
+            replace(places[v], channel=places[v].channel + number * rows * v.channels)
+            for v in (x, y)
+        )
+        yield _task(node, matrix, part, (source, None, target), None, library)
 
 
 def _task(

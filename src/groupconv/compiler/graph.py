@@ -78,6 +78,45 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class ToTiles:
+    """The first third of a 3x3 convolution after Winograd: x, ``(N, C, H, W)``, as 16 matrices
+    ``(16, tiles, C)``, channel axis 2; see :mod:`groupconv.compiler.steps.winograd`.
+
+    Args:
+        before: rows and columns of padding before the image.
+        output_size: rows and columns of the result of the convolution.
+    """
+
+    before: tuple[int, int]
+    output_size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """The second third: each of the 16 matrices times one of weights.
+
+    Args:
+        weight: ``(16, out_channels, in_channels)``.
+    """
+
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FromTiles:
+    """The last third: inputs are the products, then the residual if there is one.
+
+    Args:
+        bias, activation, slope, residual: see :class:`Convolution`.
+    """
+
+    bias: Tensor | None
+    activation: str | None
+    slope: float
+    residual: str | None
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One step of an elementwise expression.
 
@@ -249,8 +288,8 @@ class Host:
 
 
 Operator = (
-    Convolution | Map | Pool | AdaptivePool | Upsample | Pad | LayerNorm | Softmax
-    | Gather | Concat | View | Relayout | Host
+    Convolution | ToTiles | Products | FromTiles | Map | Pool | AdaptivePool | Upsample | Pad
+    | LayerNorm | Softmax | Gather | Concat | View | Relayout | Host
 )  # fmt: skip
 
 

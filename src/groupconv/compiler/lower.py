@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from groupconv.compiler.convolve import convolve
+from groupconv.compiler.convolve import convolve, multiply
 from groupconv.compiler.graph import (
     AdaptivePool,
     Concat,
     Convolution,
+    FromTiles,
     Gather,
     Graph,
     Host,
@@ -18,14 +19,17 @@ from groupconv.compiler.graph import (
     Node,
     Pad,
     Pool,
+    Products,
     Relayout,
     Softmax,
+    ToTiles,
     Upsample,
     Value,
     View,
 )
 from groupconv.compiler.library import Library
 from groupconv.compiler.memory import Memory, Place
+from groupconv.compiler.steps import winograd
 from groupconv.compiler.steps.adaptive import AdaptivePoolStep
 from groupconv.compiler.steps.copy import CopyStep
 from groupconv.compiler.steps.gather import GatherStep
@@ -38,6 +42,7 @@ from groupconv.compiler.steps.shuffle import ShuffleStep, regular
 from groupconv.compiler.steps.softmax import SoftmaxStep
 from groupconv.compiler.steps.step import Step
 from groupconv.compiler.steps.upsample import UpsampleStep
+from groupconv.compiler.steps.winograd import FromTilesStep, ToTilesStep
 from groupconv.compiler.task import Call, Pointer, Task
 
 # A guess of the bytes that one thread reads and writes in a second.
@@ -62,6 +67,8 @@ class _Lowering:
                 yield Call(node.name, operator, node.inputs, node.output)
             case Convolution() as operator:
                 yield from convolve(node, operator, self.places, self.library)
+            case Products() as operator:
+                yield from multiply(node, operator, self.places, self.library)
             case Concat():
                 yield from self._concatenation(node)
             case View():
@@ -100,6 +107,12 @@ class _Lowering:
                 return self._task(node, PadStep(pad, x.channels, size, strides))
             case Softmax():
                 return self._task(node, SoftmaxStep(_pixels(x), x.channels, strides))
+            case ToTiles(before, output_size):
+                grid = winograd.tiles(output_size)
+                inward = ToTilesStep(x.channels, size, before, grid, strides[0])
+                return self._task(node, inward, images=x.shape[0])
+            case FromTiles() as last:
+                return self._from_tiles(node, last)
             case Relayout():
                 return self._task(node, self._relayout(x, y))
             case LayerNorm(eps, weight, bias):
@@ -108,6 +121,24 @@ class _Lowering:
                 )
                 return self._task(node, norm, (weight, bias))
         raise AssertionError(f"unknown operator {node.operator}")
+
+    def _from_tiles(self, node: Node, last: FromTiles) -> Task:
+        (x, *added), y = node.inputs, node.output
+        residual = self.places[added[0]] if added else None
+        strides = (residual.pixel if residual else 0, self.places[y].pixel)
+        bias = None if last.bias is None else last.bias.detach().contiguous()
+        step = FromTilesStep(
+            y.channels, _size(y), strides, bias is not None, last.residual, last.activation,
+            last.slope,
+        )  # fmt: skip
+        record = (
+            Pointer.to(self.places[x]),
+            0 if bias is None else bias.data_ptr(),
+            Pointer.to(residual) if residual else 0,
+            Pointer.to(self.places[y]),
+            _images(y),
+        )
+        return self._made(node, step, record, () if bias is None else (bias,))
 
     def _relayout(self, x: Value, y: Value) -> RelayoutStep:
         inward = x.contiguous
@@ -147,14 +178,24 @@ class _Lowering:
             (numbers,),
         )
 
-    def _task(self, node: Node, step: Step, constants: Sequence[Tensor | None] = ()) -> Task:
-        """A step that reads all inputs, then constants."""
+    def _task(
+        self,
+        node: Node,
+        step: Step,
+        constants: Sequence[Tensor | None] = (),
+        images: int | None = None,
+    ) -> Task:
+        """A step that reads all inputs, then constants.
+
+        Args:
+            images: where they are not those of the output.
+        """
         kept = [None if t is None else t.detach().contiguous() for t in constants]
         record: tuple[int | Pointer, ...] = (
             *(Pointer.to(self.places[value]) for value in node.inputs),
             *(0 if t is None else t.data_ptr() for t in kept),
             Pointer.to(self.places[node.output]),
-            _images(node.output),
+            _images(node.output) if images is None else images,
         )
         return self._made(node, step, record, tuple(t for t in kept if t is not None))
 
@@ -162,7 +203,7 @@ class _Lowering:
         self, node: Node, step: Step, record: tuple[int | Pointer, ...], keep: tuple[Tensor, ...]
     ) -> Task:
         assert len(record) == len(step.arguments)
-        size = _images(node.output) * step.bytes
+        size = record[-1] * step.bytes
         return Task(
             name=node.name,
             kind=type(step).__name__.removesuffix("Step").lower(),

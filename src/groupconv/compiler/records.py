@@ -16,7 +16,8 @@ from groupconv.kernels.spec import ConvSpec
 _RECORDS: dict[str, type] = {
     record.__name__: record
     for record in (
-        ConvSpec, records.Convolution, records.Instruction, records.Map, records.Pool,
+        ConvSpec, records.Convolution, records.ToTiles, records.Products, records.FromTiles,
+        records.Instruction, records.Map, records.Pool,
         records.AdaptivePool, records.Upsample, records.Pad, records.LayerNorm, records.Softmax,
         records.Gather, records.Concat, records.View, records.Relayout, records.Input,
         records.Host,
