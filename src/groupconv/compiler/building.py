@@ -145,19 +145,25 @@ class Builder:
         return Lazy.of(self.add(name, operator, inputs, shape, len(shape) - 1, like.dtype))
 
     def finish(self, leaves: Sequence[Any]) -> Graph:
-        """The graph that returns ``leaves``."""
+        """The graph that returns ``leaves``: contiguous, but images channels last where an input
+        is, as PyTorch would give them."""
         outputs = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 outputs.append(self.constant(leaf, leaf.ndim - 1))
             elif isinstance(leaf, Lazy):
-                value = self.value(leaf)
-                outputs.append(self.laid_out(value, len(value.shape) - 1) if value.shape else value)
+                outputs.append(self._returned(self.value(leaf)))
             else:
                 raise GroupConvError(
                     f"compile: the network returns {leaf!r}; it must return tensors only"
                 )
         return Graph(tuple(self.inputs), tuple(outputs), self.nodes, self.constants)
+
+    def _returned(self, value: Value) -> Value:
+        dims = len(value.shape)
+        if dims == 4 and any(len(x.shape) == 4 and x.axis == 1 for x in self.inputs):
+            return self.laid_out(value, 1)
+        return self.laid_out(value, dims - 1) if dims else value
 
     def _name(self, name: str) -> str:
         number = self._used[name] = self._used.get(name, 0) + 1

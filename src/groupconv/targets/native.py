@@ -1,39 +1,30 @@
-"""PyTorch with every convolution on the library's own kernels, channels last in memory."""
+"""The whole network as native code of the library's own, channels last in memory."""
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from groupconv.nn.conv import LAYERS
+from groupconv.compiler.compiled import compile
+from groupconv.kernels.machine import runnable
 from groupconv.targets.base import Target
-from groupconv.targets.eager import Eager
 
 
 class Native(Target):
-    """The kernels of :mod:`groupconv.kernels` where they are legal and faster, on the CPU."""
+    """What :func:`groupconv.compile` makes of a network, on the CPU.
+
+    Inputs are given channels last, and so are the outputs: a layer that is timed alone costs what
+    it costs inside of a network.
+    """
 
     name = "native"
 
     def why_not(self) -> str | None:
-        return None
+        return None if runnable() else "no code can be generated for this processor"
 
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-        net = on_kernels(module).to(memory_format=torch.channels_last)
-        ordered = (
+        ordered = tuple(
             x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs
         )
-        return Eager().build(net, tuple(ordered))
-
-
-def on_kernels(module: nn.Module) -> nn.Module:
-    """A copy whose convolutions of torch's own classes are those of :mod:`groupconv.nn`."""
-    net = copy.deepcopy(module)
-    ours = {next(c for c in layer.__mro__ if c.__module__.startswith("torch.")): layer
-            for layer in LAYERS}  # fmt: skip
-    for part in net.modules():
-        # Theirs have the same attributes: nothing but the class need change.
-        if type(part) in ours:
-            part.__class__ = ours[type(part)]
-    return net
+        net = compile(module, ordered)
+        return lambda: net(*ordered)
