@@ -1,7 +1,9 @@
-"""What every engine of a benchmark offers, and the changes of form that several of them need."""
+"""What every engine of a benchmark offers, how it is checked and timed, and changes of form."""
 
 import dataclasses
+import functools
 import importlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,17 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from groupconv.kernels.spec import ConvSpec
-from groupconv.timing import interleave
+from groupconv.timing import Timing, interleave
+
+# Seconds for which the threads of libgomp wait actively by default, and some.
+OPENMP_SPIN = 0.015
 
 
 @dataclass(frozen=True)
 class Ready:
-    """One engine, its weights packed and its input laid out, about to run one convolution.
+    """One engine, its weights packed and its input laid out, about to run.
 
     Args:
-        run: one forward pass; torch's engines expect to be inside ``torch.inference_mode``.
-        output: one more pass, whose result it returns as ``(N, C, *output_size)``; a 1-d result
-            may have a row axis of size 1.
+        run: one forward pass; of a convolution, torch's engines expect to be inside
+            ``torch.inference_mode``.
+        output: one more pass, whose result it returns as ``(N, C, *output_size)``; that of a 1-d
+            convolution may have a row axis of size 1.
         layout: in which form the engine takes and gives its images.
         spin: seconds that its worker threads stay busy after a pass, waiting for the next one.
     """
@@ -85,3 +91,45 @@ def fastest(variants: Mapping[str, Ready]) -> Ready:
         return next(iter(variants.values()))
     times = interleave({name: v.run for name, v in variants.items()}, seconds=0.1, min_runs=3)
     return variants[min(times, key=lambda name: times[name].median)]
+
+
+def wrong(output: Tensor, reference: Tensor, tolerance: float) -> str | None:
+    """What is wrong with an engine's output, or None.
+
+    Args:
+        tolerance: largest error over the root mean square of the reference.
+    """
+    if output.numel() != reference.numel():
+        return f"WRONG: shape {tuple(output.shape)}, not {tuple(reference.shape)}"
+    # A 1-d convolution may come back as one row.
+    difference = output.double().reshape(reference.shape) - reference
+    error = float(difference.abs().max() / reference.double().square().mean().sqrt())
+    return None if error <= tolerance else f"WRONG: error {error:.1e} of the root mean square"
+
+
+def time_in_turn(
+    ready: Mapping[str, Ready], *, seconds: float, threads: int, warm_passes: int
+) -> dict[str, Timing]:
+    """Time all engines in one interleaved run, each after ``warm_passes`` untimed passes."""
+    # Threads that slept are first put on one core, and need some ms to spread over all.
+    warm_up = 0.02 if threads > 1 else 0.0
+    calls: dict[str, Callable[[], object]] = {}
+    for name, engine in ready.items():
+        # Untimed passes first: caches hold what this engine uses, its threads are awake, and it
+        # doesn't matter which engine came before.
+        calls[f"{name} warms up"] = functools.partial(_repeat, engine.run, warm_passes, warm_up)
+        calls[name] = engine.run
+        if engine.spin:
+            # Threads that wait actively for more work would take the next engine's processors.
+            calls[f"{name} rests"] = functools.partial(time.sleep, engine.spin)
+    runs = 11 if threads > 1 else 5
+    times = interleave(calls, seconds=seconds, min_runs=runs, max_runs=10_000)
+    return {name: times[name] for name in ready}
+
+
+def _repeat(call: Callable[[], object], times: int, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    for _ in range(times):
+        call()
+    while time.perf_counter() < end:
+        call()

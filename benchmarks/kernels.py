@@ -7,13 +7,10 @@ engine likes them best; borders that an engine can't add itself are in its input
 
 import argparse
 import dataclasses
-import functools
-import importlib.metadata
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +19,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.engine import Ready
+from benchmarks.engine import Ready, time_in_turn, wrong
 from benchmarks.kernels_report import picture, print_summary, print_table, summarize
 from benchmarks.machine_peak import Peak, measure
 from benchmarks.peers import ENGINES, LIBRARIES, OURS, PEERS
-from benchmarks.provenance import commit
+from benchmarks.provenance import commit, versions
 from benchmarks.shapes import FOLDER, Shape, read
 from groupconv.kernels.reference import group_conv_reference
 from groupconv.kernels.spec import ConvSpec
-from groupconv.timing import Timing, interleave, machine
+from groupconv.timing import Timing, machine
 
 # Largest error over the root mean square of the result. Half precision anywhere goes beyond it.
 TOLERANCE = 2e-4
-# Untimed passes before each timed one.
+# Untimed passes before each timed one: after one, caches still hold the last engine's data.
 _WARM_PASSES = 3
 
 
@@ -77,14 +74,20 @@ def compare(shape: Shape, *, threads: int, seconds: float, peak: Peak) -> Record
     for name, prepare in ENGINES.items():
         try:
             engine = prepare(shape.spec, weight, bias, input, threads)
-            wrong = engine if isinstance(engine, str) else _wrong(engine.output(), reference)
+            reason = (
+                engine if isinstance(engine, str) else wrong(engine.output(), reference, TOLERANCE)
+            )
         except Exception as error:  # One engine's failure must not end the run of all.
-            wrong = f"failed: {type(error).__name__}: {error}"
-        if wrong:
-            refused[name] = wrong
+            reason = f"failed: {type(error).__name__}: {error}"
+        if reason:
+            refused[name] = reason
         elif isinstance(engine, Ready):
             ready[name] = engine
-    times = _time(ready, seconds, threads) if ready else {}
+    times = (
+        time_in_turn(ready, seconds=seconds, threads=threads, warm_passes=_WARM_PASSES)
+        if ready
+        else {}
+    )
     record = Record(shape, times, {name: e.layout for name, e in ready.items()}, refused)
     peers = [name for name in PEERS if name in times]
     if OURS not in times:
@@ -111,41 +114,6 @@ def _tensors(spec: ConvSpec) -> tuple[Tensor, Tensor, Tensor]:
     return weight, bias, input
 
 
-def _wrong(output: Tensor, reference: Tensor) -> str | None:
-    if output.numel() != reference.numel():
-        return f"WRONG: shape {tuple(output.shape)}, not {tuple(reference.shape)}"
-    # A 1-d convolution may come back as one row.
-    difference = output.double().reshape(reference.shape) - reference
-    error = float(difference.abs().max() / reference.square().mean().sqrt())
-    return None if error <= TOLERANCE else f"WRONG: error {error:.1e} of the root mean square"
-
-
-def _time(ready: dict[str, Ready], seconds: float, threads: int) -> dict[str, Timing]:
-    # Threads that slept are first put on one core, and need some ms to spread over all.
-    warm_up = 0.02 if threads > 1 else 0.0
-    calls: dict[str, Callable[[], object]] = {}
-    for name, engine in ready.items():
-        # Untimed passes first: caches hold what this engine uses, its threads are awake, and it
-        # doesn't matter which engine came before.
-        calls[f"{name} warms up"] = functools.partial(_repeat, engine.run, warm_up)
-        calls[name] = engine.run
-        if engine.spin:
-            # Threads that wait actively for more work would take the next engine's processors.
-            calls[f"{name} rests"] = functools.partial(time.sleep, engine.spin)
-    runs = 11 if threads > 1 else 5
-    times = interleave(calls, seconds=seconds, min_runs=runs, max_runs=10_000)
-    return {name: times[name] for name in ready}
-
-
-def _repeat(call: Callable[[], object], seconds: float) -> None:
-    """At least a few times: after one pass, caches still hold parts of the last engine's data."""
-    end = time.perf_counter() + seconds
-    for _ in range(_WARM_PASSES):
-        call()
-    while time.perf_counter() < end:
-        call()
-
-
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare the speed of grouped convolutions.")
     parser.add_argument("--threads", type=int, default=1)
@@ -166,16 +134,6 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.seconds is None:
         options.seconds = 0.3 if options.quick else 2.0
     return options
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("groupconv", *LIBRARIES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "threads": options.threads,
             "load_before": load,
             "peak": dataclasses.asdict(peak),
-            "versions": _versions(),
+            "versions": versions(LIBRARIES),
             **commit(),
             "seconds_per_shape": options.seconds,
             "tolerance": TOLERANCE,

@@ -1,7 +1,8 @@
-"""LiteRT (TensorFlow Lite), fed with a model of one operator."""
+"""LiteRT (TensorFlow Lite); for a convolution, with a model of one operator."""
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,30 @@ def litert(
         spec, input = padded(spec, input)
     model = _model(spec, weight, bias, padding)
     x = input.movedim(1, -1).contiguous().numpy()
-    variants = {"XNNPACK": _interpreter(model, x, threads, xnnpack=True)}
+    variants = {"XNNPACK": interpret(model, x, threads, xnnpack=True)}
     # XNNPACK is several times slower than LiteRT's own kernels beyond 25 taps.
     if spec.groups == spec.in_channels > 1:
-        variants["own"] = _interpreter(model, x, threads, xnnpack=False)
+        variants["own"] = interpret(model, x, threads, xnnpack=False)
     return fastest(variants)
 
 
-def _interpreter(model: bytes, x: np.ndarray, threads: int, *, xnnpack: bool) -> Ready:
+def interpret(model: bytes | Path, x: np.ndarray, threads: int, *, xnnpack: bool) -> Ready:
+    """LiteRT with ``model``, a file or its content, of one input and one output.
+
+    Args:
+        x: the input as the model takes it: images are NHWC.
+        xnnpack: whether XNNPACK's kernels are used, or LiteRT's own alone.
+    """
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
     resolver = (
         OpResolverType.BUILTIN if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     )
     interpreter = Interpreter(
-        model_content=model, num_threads=threads, experimental_op_resolver_type=resolver
+        model_path=str(model) if isinstance(model, Path) else None,
+        model_content=None if isinstance(model, Path) else model,
+        num_threads=threads,
+        experimental_op_resolver_type=resolver,
     )
     interpreter.allocate_tensors()
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)

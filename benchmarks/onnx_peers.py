@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO, both fed with an ONNX model of one node."""
+"""ONNX Runtime and OpenVINO, both fed with an ONNX model; for a convolution, of one node."""
 
 import functools
 from typing import Any
@@ -76,24 +76,34 @@ def _output_shape(spec: ConvSpec) -> tuple[int, ...]:
 def _ort(
     spec: ConvSpec, weight: Tensor, input: Tensor, bias: Tensor | None, threads: int, layout: str
 ) -> Ready:
+    return ort_session(_model(spec, weight, bias), input, threads, layout)
+
+
+def _openvino(
+    spec: ConvSpec, weight: Tensor, input: Tensor, bias: Tensor | None, threads: int, layout: str
+) -> Ready:
+    return openvino_request(_model(spec, weight, bias), input, threads, layout)
+
+
+def ort_session(model: bytes | str, input: Tensor, threads: int, layout: str) -> Ready:
+    """ONNX Runtime with ``model``, a file or its content, of one input and one output."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = onnxruntime.InferenceSession(
-        _model(spec, weight, bias), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    output_shape = tuple(session.get_outputs()[0].shape)
     # Both live in ONNX Runtime's own memory, aligned as it likes.
     x = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(input.numpy()))
-    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type(_output_shape(spec), np.float32)
+    y = onnxruntime.OrtValue.ortvalue_from_shape_and_type(output_shape, np.float32)
     binding = session.io_binding()
-    binding.bind_ortvalue_input("x", x)
-    binding.bind_ortvalue_output("y", y)
+    binding.bind_ortvalue_input(session.get_inputs()[0].name, x)
+    binding.bind_ortvalue_output(session.get_outputs()[0].name, y)
 
     def output() -> Tensor:
-        y.update_inplace(np.full(_output_shape(spec), np.nan, np.float32))
+        y.update_inplace(np.full(output_shape, np.nan, np.float32))
         session.run_with_iobinding(binding)
         return torch.from_numpy(y.numpy())
 
@@ -105,25 +115,29 @@ def _ort(
     )
 
 
-def _openvino(
-    spec: ConvSpec, weight: Tensor, input: Tensor, bias: Tensor | None, threads: int, layout: str
-) -> Ready:
+def openvino_request(model: bytes | str, input: Tensor, threads: int, layout: str) -> Ready:
+    """OpenVINO with ``model``, a file or its content, of one input and one output.
+
+    Args:
+        layout: of the images outside; "NHWC", or that of the model.
+    """
     import openvino
 
-    model = _core().read_model(model=_model(spec, weight, bias))
+    network = _core().read_model(model=model)
     last = layout == "NHWC"
+    last_out = last and len(network.output(0).shape) == 4
     if last:
-        steps = openvino.preprocess.PrePostProcessor(model)
-        for end in (steps.input(), steps.output()):
+        steps = openvino.preprocess.PrePostProcessor(network)
+        for end in (steps.input(), steps.output()) if last_out else (steps.input(),):
             end.tensor().set_layout(openvino.Layout("NHWC"))
             end.model().set_layout(openvino.Layout("NCHW"))
-        model = steps.build()
+        network = steps.build()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    compiled = _core().compile_model(model, "CPU", settings)
+    compiled = _core().compile_model(network, "CPU", settings)
     request = compiled.create_infer_request()
     x = (input.movedim(1, -1) if last else input).contiguous().numpy()
     y = openvino.Tensor(openvino.Type.f32, compiled.output(0).shape)
@@ -134,7 +148,7 @@ def _openvino(
         y.data.fill(np.nan)
         request.infer(share_outputs=True)
         result = torch.from_numpy(y.data.copy())
-        return result.movedim(-1, 1) if last else result
+        return result.movedim(-1, 1) if last_out else result
 
     return Ready(
         # Unless outputs are shared, a copy is made for Python.

@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.engine import Prepare, Ready, padded, symmetric, unsupported
+from benchmarks.engine import OPENMP_SPIN, Prepare, Ready, padded, symmetric, unsupported
 from benchmarks.litert_peer import litert
 from benchmarks.onnx_peers import onnx_runtime, openvino
 from groupconv.kernels.native import Native
 from groupconv.kernels.request import Request
 from groupconv.kernels.spec import ConvSpec
 from groupconv.nn.functional import group_conv1d, group_conv2d
-
-# Seconds for which the threads of libgomp wait actively by default, and some.
-_SPIN = 0.015
 
 
 def eager(
@@ -112,7 +109,7 @@ def _kernel(
         run=run,
         output=output,
         layout=layout,
-        spin=_SPIN if threads > 1 else 0.0,
+        spin=OPENMP_SPIN if threads > 1 else 0.0,
     )
 
 
@@ -147,7 +144,7 @@ def _torch(
         run=lambda: function(*arguments),
         output=lambda: function(*arguments).contiguous(),
         layout=layout,
-        spin=_SPIN if threads > 1 else 0.0,
+        spin=OPENMP_SPIN if threads > 1 else 0.0,
     )
 
 

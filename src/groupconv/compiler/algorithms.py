@@ -1,5 +1,6 @@
 """Which convolutions are computed after Winograd: those where the clock says so."""
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -101,7 +102,7 @@ def _is_faster(node: Node, operator: Convolution, library: Library) -> bool:
     }
     example = programs["direct"].example()
     times = interleave(
-        {name: lambda p=program: p(example) for name, program in programs.items()},
+        {name: functools.partial(program, example) for name, program in programs.items()},
         seconds=_COMPARING,
         max_runs=50,
     )

@@ -202,8 +202,10 @@ class _Lowering:
     def _made(
         self, node: Node, step: Step, record: tuple[int | Pointer, ...], keep: tuple[Tensor, ...]
     ) -> Task:
+        *_, images = record
         assert len(record) == len(step.arguments)
-        size = record[-1] * step.bytes
+        assert isinstance(images, int)
+        size = images * step.bytes
         return Task(
             name=node.name,
             kind=type(step).__name__.removesuffix("Step").lower(),
