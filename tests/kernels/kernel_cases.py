@@ -219,6 +219,9 @@ def tiles(draw: st.DrawFn, spec: KernelSpec, target: Machine) -> Tile:
     """Every legal tile of ``spec``, but for those whose code would be long."""
     conv = spec.conv
     legal = legal_channels(conv)
+    narrow = target.lanes == 16 and draw(st.booleans())
+    if narrow:
+        target = replace(target, lanes=8)
     vectors, lines = draw(st.integers(1, 4)), draw(st.sampled_from([1, 1, 2, 3, 4]))
     pixels = draw(st.integers(1, 14))
     most = draw(st.sampled_from(_LONG_CODE if has_total(conv) else _CODE))
@@ -236,6 +239,7 @@ def tiles(draw: st.DrawFn, spec: KernelSpec, target: Machine) -> Tile:
         blocks=1 if spec.staged else draw(st.sampled_from([1, 1, 2, 3, 6, 100])),
         lines=lines,
         ahead=draw(st.booleans()),
+        narrow=narrow,
     )
 
 

@@ -57,7 +57,8 @@ def _illegal(spec: KernelSpec, tile: Tile) -> str | None:
 
 def _registers(spec: KernelSpec, target: Machine, tile: Tile) -> int:
     """For sums, the weights of one column of the kernel beside them, and inputs."""
-    size = max(len(block.vectors) for block in blocks(spec.conv, target.lanes, tile.vectors))
+    lanes = tile.narrowed(target).lanes
+    size = max(len(block.vectors) for block in blocks(spec.conv, lanes, tile.vectors))
     return (tile.pixels + 1) * tile.lines * size + SPARE
 
 
@@ -126,12 +127,33 @@ def test_several_threads_get_several_tasks(name: str) -> None:
     """Where the image has enough rows and blocks; one thread need not be called so often."""
     target = machine(name)
     for spec in (LAYERS[1], LAYERS[4], LAYERS[6]):
-        kinds = {v: sum(b.count for b in blocks(spec.conv, target.lanes, v)) for v in (1, 2, 3, 4)}
         for tile in candidates(spec, target):
+            lanes = tile.narrowed(target).lanes
+            number = sum(block.count for block in blocks(spec.conv, lanes, tile.vectors))
             chunks = -(-spec.conv.output_size[0] // tile.rows)
-            assert chunks * -(-kinds[tile.vectors] // tile.blocks) >= 8, tile
+            assert chunks * -(-number // tile.blocks) >= 8, tile
         alone = candidates(spec, target, shared=False)
         assert max(tile.rows for tile in alone) == spec.conv.output_size[0]
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "groups", "expected"),
+    [
+        (24, 1, True),
+        (60, 3, True),
+        (24, 24, True),
+        (64, 1, False),
+        (128, 4, False),
+        (64, 16, False),
+    ],
+)
+def test_wide_vectors_that_would_be_part_empty_meet_narrow_ones(
+    out_channels: int, groups: int, expected: bool
+) -> None:
+    spec = _layer(4 * groups, out_channels, groups, 1, (28, 28))
+    assert any(tile.narrow for tile in candidates(spec, machine("avx512"))) == expected
+    assert not candidates(spec, machine("avx512"))[0].narrow
+    assert not any(tile.narrow for tile in candidates(spec, machine("avx2")))
 
 
 def test_tiles_that_differ_in_the_order_share_their_code() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.machine import Machine
-from groupconv.kernels.spec import KernelSpec
+from groupconv.kernels.spec import ConvSpec, KernelSpec
 from groupconv.kernels.tile import SPARE, Tile, strips, sum_channels, taps_at_once
 
 # Cycles until a sum can be added to again; two sums are begun in each cycle.
@@ -22,6 +22,8 @@ _LINES, _MOST, _CODE = 2, 12, 1500
 _ROWS, _WEIGHTS = 2**18, 2**18
 # Products of one output that are little arithmetic.
 _LITTLE = 18
+# Lanes of machines whose vectors may be too wide, and the part of them left empty that is much.
+_WIDE, _EMPTY = 16, 0.05
 # Values in a line of memory, and input channels of a group that are asked for ahead, at most.
 _LINE, _NARROW = 16, 64
 
@@ -35,6 +37,19 @@ def candidates(
         far: whether input and output are more than the caches hold between two layers.
         shared: whether several threads share the work.
     """
+    found = _kinds(spec, machine, far, shared)
+    if machine.lanes >= _WIDE and _empty(spec.conv, machine.lanes) > _EMPTY:
+        half = replace(machine, lanes=machine.lanes // 2)
+        narrow = [
+            [replace(tile, narrow=True) for tile in orders]
+            for orders in _kinds(spec, half, far, shared)
+        ]
+        found = _in_turn(found, narrow)
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))[:_MOST]
+
+
+def _kinds(spec: KernelSpec, machine: Machine, far: bool, shared: bool) -> list[list[Tile]]:
+    """Tiles, each in a few orders; the best guess first."""
     found = [_orders(spec, machine, tile, shared) for tile in _ranked(spec, machine)]
     if far and not spec.staged and spec.conv.in_channels // spec.conv.groups <= _NARROW:
         ahead = [[replace(tile, ahead=True) for tile in orders[:1]] for orders in found]
@@ -42,9 +57,20 @@ def candidates(
             _orders(spec, machine, tile, shared)[:1] for tile in _in_memory_order(spec, machine)
         ]
         # All kinds in turn: which wins depends on how far.
-        turns = itertools.zip_longest(in_memory_order, ahead, found, fillvalue=list[Tile]())
-        found = [orders[:2] for turn in turns for orders in turn]
-    return list(dict.fromkeys(itertools.chain.from_iterable(found)))[:_MOST]
+        found = [orders[:2] for orders in _in_turn(in_memory_order, ahead, found)]
+    return found
+
+
+def _in_turn(*kinds: list[list[Tile]]) -> list[list[Tile]]:
+    turns = itertools.zip_longest(*kinds, fillvalue=list[Tile]())
+    return [orders for turn in turns for orders in turn]
+
+
+def _empty(conv: ConvSpec, lanes: int) -> float:
+    """The part of all lanes without an output channel where every vector ends with a group."""
+    width = conv.out_channels // conv.groups
+    vectors = -(-conv.groups // max(1, lanes // width)) * -(-width // lanes)
+    return 1 - conv.out_channels / (vectors * lanes)
 
 
 def _ranked(spec: KernelSpec, machine: Machine) -> list[Tile]:
@@ -197,7 +223,7 @@ def _laid_out(spec: KernelSpec, machine: Machine, tile: Tile, together: int, sha
     rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
     weights = 4 * math.prod(conv.kernel_size) * tile.vectors * machine.lanes
-    chunk = sum_channels(conv)
+    chunk = sum_channels(conv, spec.chain)
     legal = [n for n in range(chunk, width + 1, chunk) if width % n == 0]
     channels = max((n for n in legal if n * weights <= _WEIGHTS), default=chunk)
     return replace(tile, rows=rows, channels=channels, blocks=together)

@@ -48,7 +48,7 @@ class BlockFunction:
             self.output_pixel, self.output_row = self._distances(spec.output_stride)
         # Whether no row of the kernel ever falls outside the image.
         self.inside = max(conv.padding[0]) <= 0
-        self.chunk = sum_channels(conv)
+        self.chunk = sum_channels(conv, spec.chain)
         assert tile.channels % self.chunk == 0
         self.channels = tile.channels if block.scalar else block.width
         self.strips = strips(
@@ -201,7 +201,7 @@ class BlockFunction:
         """All products added to ``sums``: in one chain, or by way of totals in memory."""
         e = self.e
         add = self._one_line if lines == 1 else self._several_lines
-        if not has_total(self.conv):
+        if not has_total(self.conv, self.spec.chain):
             return add(strip, lines, x, w, top, 0, sums, None)
         totals = e.stack(len(sums))
         for i, value in enumerate(sums):

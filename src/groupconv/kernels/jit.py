@@ -74,6 +74,12 @@ def load(code: bytes, name: str, prototype: Callable[[int], Function]) -> Functi
     return prototype(address(code, name))
 
 
+def known(name: str) -> int | None:
+    """Where the function ``name`` lies, if :func:`address` or :func:`load` brought it here."""
+    with _lock:
+        return _engine().get_function_address(name) or None
+
+
 def address(code: bytes, name: str) -> int:
     """Where the function ``name`` of an object file lies in this process.
 

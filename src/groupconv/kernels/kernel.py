@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groupconv.kernels import jit, module, openmp, packing
-from groupconv.kernels.blocks import blocks
+from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.tile import Tile
@@ -41,8 +41,20 @@ class Kernel:
 
     def pack(self, weight: Tensor) -> Tensor:
         """``weight`` (float32, ``spec.conv.weight_shape``) as :meth:`__call__` takes it."""
-        kinds = blocks(self.spec.conv, self.machine.lanes, self.tile.vectors)
-        return packing.pack(weight, self.spec.conv, kinds, self.machine.lanes)
+        spec = self.spec
+        return packing.pack(weight, spec.conv, self._blocks(), self._lanes, spec.chain)
+
+    @property
+    def packed_size(self) -> int:
+        """Elements of what :meth:`pack` returns."""
+        return packing.size(self.spec.conv, self._blocks(), self._lanes)
+
+    @property
+    def _lanes(self) -> int:
+        return self.tile.narrowed(self.machine).lanes
+
+    def _blocks(self) -> list[Block]:
+        return blocks(self.spec.conv, self._lanes, self.tile.vectors)
 
     def __call__(
         self,

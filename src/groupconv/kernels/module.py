@@ -34,6 +34,7 @@ PROTOTYPE = ctypes.CFUNCTYPE(
 
 def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:
     """Elements of the buffer that each thread stages rows in; 0 where nothing is staged."""
+    machine = tile.narrowed(machine)
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     # On integers that are known, an emitter does plain arithmetic.
     e = Emitter(machine)
@@ -75,6 +76,7 @@ def _whole_lines(e: Emitter, elements: Value) -> Value:
 def emit(spec: KernelSpec, machine: Machine, tile: Tile, name: str) -> str:
     """The module of ``void @name(ARGUMENTS)``, and of what each of its threads runs:
     ``void @name_work(ptr record, i64 thread, i64 threads)``, with :data:`RECORD`."""
+    machine = tile.narrowed(machine)
     kinds = blocks(spec.conv, machine.lanes, tile.vectors)
     kernels = [
         BlockFunction(spec, block, machine, tile, f"block{i}") for i, block in enumerate(kinds)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from groupconv.kernels.blocks import Block
-from groupconv.kernels.spec import ConvSpec
+from groupconv.kernels.spec import CHAIN, ConvSpec
 from groupconv.kernels.tile import sum_channels
 
 
@@ -16,16 +16,19 @@ def size(conv: ConvSpec, kinds: list[Block], lanes: int) -> int:
     return sum(block.count * len(block.vectors) * lanes * products for block in kinds)
 
 
-def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int) -> Tensor:
+def pack(
+    weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int, chain: int = CHAIN
+) -> Tensor:
     """Flatten ``weight`` as the blocks, one after another, read it.
 
     A block reads ``[chunk][kernel row][channel][kernel column][vector][lane]``, where a chunk is
-    ``sum_channels(conv)`` input channels; lanes without an output channel hold zero.
+    ``sum_channels(conv, chain)`` input channels; lanes without an output channel hold zero.
 
     Args:
         weight: ``conv.weight_shape``.
         kinds: the blocks of the kernel.
-        lanes: of the machine.
+        lanes: of a vector.
+        chain: of the kernel's spec.
 
     Returns:
         1-d tensor.
@@ -33,7 +36,7 @@ def pack(weight: Tensor, conv: ConvSpec, kinds: list[Block], lanes: int) -> Tens
     out, width, height, columns = weight.shape
     # The row past the end stands for the lanes without an output channel.
     padded = torch.cat([weight, weight.new_zeros(1, width, height, columns)])
-    parts, chunk = [], sum_channels(conv)
+    parts, chunk = [], sum_channels(conv, chain)
     for block in kinds:
         table = torch.full((block.count, len(block.vectors), lanes), out)
         starts = torch.tensor([first for first, _ in block.starts()])

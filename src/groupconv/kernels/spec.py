@@ -17,6 +17,8 @@ ACTIVATIONS = ("relu", "relu6", "silu", "hardswish", "leaky_relu", "sigmoid")
 # Where a residual is added: activation(conv + bias + residual), or activation(conv + bias) +
 # residual.
 RESIDUALS = ("before", "after")
+# Products in one chain of sums, unless a kernel asks for shorter ones.
+CHAIN = 128
 
 
 def legal_groups(in_channels: int, out_channels: int) -> list[int]:
@@ -212,6 +214,8 @@ class KernelSpec:
         input_pixel, output_pixel, residual_pixel: elements from one pixel to the next where they
             are more than the channels, as in a slice of a wider NHWC tensor. Rows and images then
             lie as in that tensor.
+        chain: products of one chain of sums at most; a total of shorter ones is more accurate, and
+            takes longer.
 
     Raises:
         ArgumentError: a value breaks a rule.
@@ -230,6 +234,7 @@ class KernelSpec:
     input_pixel: int | None = None
     output_pixel: int | None = None
     residual_pixel: int | None = None
+    chain: int = CHAIN
 
     def __post_init__(self) -> None:
         if len(self.conv.input_size) != 2 or self.conv.transposed or self.conv.batch != 1:

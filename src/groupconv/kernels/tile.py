@@ -4,12 +4,10 @@ import math
 from dataclasses import dataclass, replace
 
 from groupconv.kernels.machine import Machine
-from groupconv.kernels.spec import ConvSpec
+from groupconv.kernels.spec import CHAIN, ConvSpec
 
 # Registers for the input at hand.
 SPARE = 1
-# Products in one chain of sums.
-_TERMS = 128
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class Tile:
         lines: rows of output pixels whose sums are kept in registers.
         ahead: whether the rows that come next are asked for while these are computed, for tensors
             that come from far away; only where channels lie side by side in a vector.
+        narrow: whether vectors are half as wide as a register. They leave fewer lanes empty at
+            widths such as 8, 20 or 24, and some processors run two in the time of a wide one.
     """
 
     pixels: int
@@ -37,6 +37,11 @@ class Tile:
     blocks: int = 1
     lines: int = 1
     ahead: bool = False
+    narrow: bool = False
+
+    def narrowed(self, machine: Machine) -> Machine:
+        """The machine with vectors as wide as those of the tile."""
+        return replace(machine, lanes=machine.lanes // 2) if self.narrow else machine
 
     @property
     def code(self) -> "Tile":
@@ -62,23 +67,23 @@ class Strip:
     right: int
 
 
-def sum_channels(conv: ConvSpec) -> int:
+def sum_channels(conv: ConvSpec, chain: int = CHAIN) -> int:
     """Input channels of one row of the kernel that are summed before they join the total.
 
     One long chain of sums loses accuracy with its length; a total of short ones much less. Where a
     group has few products they are one chain, and this is all its channels. The number depends on
-    the convolution alone, and so do the bits of the result.
+    the kernel's spec alone, and so do the bits of the result.
     """
     width = conv.in_channels // conv.groups
-    if not has_total(conv):
+    if not has_total(conv, chain):
         return width
-    most = max(1, _TERMS // conv.kernel_size[1])
+    most = max(1, chain // conv.kernel_size[1])
     return max(n for n in range(1, min(width, most) + 1) if width % n == 0)
 
 
-def has_total(conv: ConvSpec) -> bool:
+def has_total(conv: ConvSpec, chain: int = CHAIN) -> bool:
     """Whether the products of one output are more than one chain of sums."""
-    return conv.in_channels // conv.groups * math.prod(conv.kernel_size) > _TERMS
+    return conv.in_channels // conv.groups * math.prod(conv.kernel_size) > chain
 
 
 def strips(conv: ConvSpec, pixels: int) -> list[Strip]:

@@ -14,8 +14,7 @@ from dataclasses import asdict
 
 import torch
 
-from groupconv.kernels import cache, kernel, openmp, packing
-from groupconv.kernels.blocks import blocks
+from groupconv.kernels import cache, kernel, openmp
 from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
@@ -151,8 +150,7 @@ def _calls(spec: KernelSpec, images: int) -> Callable[[Kernel], Callable[[], Non
     order = torch.arange(conv.in_channels) if spec.ordered else None
 
     def call(made: Kernel) -> Callable[[], None]:
-        kinds = blocks(conv, made.machine.lanes, made.tile.vectors)
-        packed = torch.ones(packing.size(conv, kinds, made.machine.lanes), dtype=torch.float32)
+        packed = torch.ones(made.packed_size, dtype=torch.float32)
         return lambda: made(x, packed, bias, y, residual, order)
 
     return call
