@@ -1,11 +1,12 @@
-"""The example of the README runs as written."""
+"""The examples of the README, and of the compiler's page, run as written."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_example_runs(tmp_path: Path) -> None:
@@ -17,6 +18,20 @@ def test_example_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "not counted" in done.stdout.lower()
     assert (tmp_path / "optimized" / "report.html").exists()
+
+
+def test_examples_of_the_compiler_run(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/compiler.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "native steps, 0 by PyTorch" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"resnet18.gcn", "profile.png"}
 
 
 def test_what_and_install_come_first() -> None:

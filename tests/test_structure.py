@@ -35,16 +35,17 @@ ORDER = {
     ],
     "nn": ["functional", "conv", "explain", "shuffle", "blocks"],
     "compiler": [
-        "graph", "views", "building", "elementwise", "operators", "capture",
+        "filtering", "graph", "views", "building", "arguments", "elementwise", "spatial", "joins",
+        "operators", "capture",
         "expression", "weights", "maps", "constants", "fold", "fuse", "reorder", "gather",
         "dissolve", "layout", "padding", "tidy", "passes",
         "steps", "memory", "library", "task", "convolve", "lower", "runner", "session", "program",
-        "algorithms", "profile", "records", "store", "compiled", "backend",
+        "algorithms", "profile", "records", "store", "watch", "compiled", "backend",
     ],
     "compiler/steps": [
         "step", "code", "entry", "channels", "window", "pool", "adaptive", "copy", "row",
         "functions", "map", "norm", "softmax", "shuffle", "gather", "pad", "relayout", "upsample",
-        "winograd",
+        "transform", "to_tiles", "from_tiles",
     ],
     "data": ["images", "sample"],
     "targets": ["base", "eager", "native", "table"],
@@ -59,7 +60,7 @@ ORDER = {
     ],
     "cli": [
         "console", "options", "models", "outcome", "profile", "trace", "optimize", "plan", "apply",
-        "demo", "explain", "cache", "doctor", "app",
+        "demo", "compile", "explain", "cache", "doctor", "app",
     ],
 }  # fmt: skip
 

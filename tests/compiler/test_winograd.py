@@ -12,23 +12,28 @@ from groupconv.compiler.library import Library
 from groupconv.compiler.program import Program
 from groupconv.kernels.spec import ACTIVATIONS, ConvSpec
 
-# (batch, in, out, rows, columns, padding of rows, of columns)
+# (batch, in, out, groups, rows, columns, padding of rows, of columns)
 CASES = [
-    (1, 32, 32, 8, 8, (1, 1), (1, 1)),
-    (2, 33, 47, 7, 9, (1, 1), (1, 1)),
-    (1, 5, 3, 3, 3, (0, 0), (0, 0)),
-    (3, 1, 17, 1, 1, (1, 1), (1, 1)),
-    (1, 64, 7, 1, 12, (1, 2), (3, 0)),
-    (2, 20, 16, 13, 4, (0, 1), (2, 1)),
+    (1, 32, 32, 1, 8, 8, (1, 1), (1, 1)),
+    (2, 33, 47, 1, 7, 9, (1, 1), (1, 1)),
+    (1, 5, 3, 1, 3, 3, (0, 0), (0, 0)),
+    (3, 1, 17, 1, 1, 1, (1, 1), (1, 1)),
+    (1, 64, 7, 1, 1, 12, (1, 2), (3, 0)),
+    (2, 20, 16, 4, 13, 4, (0, 1), (2, 1)),
+    (1, 48, 72, 3, 14, 10, (1, 1), (1, 1)),
 ]
+# Of a tile, along each side.
+RESULTS = [2, 4]
 
 
 def graph(case: tuple, activation: str | None = None, residual: str | None = None) -> Graph:
     """One convolution, with a bias; its second input is the residual."""
-    batch, into, out, height, width, rows, columns = case
+    batch, into, out, groups, height, width, rows, columns = case
     torch.manual_seed(0)
-    conv = ConvSpec(batch, into, out, (height, width), (3, 3), (1, 1), (rows, columns), (1, 1), 1)
-    weight = torch.randn(out, into, 3, 3) / (9 * into) ** 0.5
+    conv = ConvSpec(
+        batch, into, out, (height, width), (3, 3), (1, 1), (rows, columns), (1, 1), groups
+    )
+    weight = torch.randn(out, into // groups, 3, 3) / (9 * into / groups) ** 0.5
     operator = Convolution(conv, weight, torch.randn(out), activation, 0.2, residual)
     x = Value("x", (batch, into, height, width))
     y = Value("y", (batch, out, *conv.output_size))
@@ -36,32 +41,41 @@ def graph(case: tuple, activation: str | None = None, residual: str | None = Non
     return Graph(inputs, (y,), [Node("y", operator, inputs, y)])
 
 
-def split(whole: Graph) -> Graph:
-    (node,) = whole.nodes
-    assert isinstance(node.operator, Convolution)
-    return whole.replace(list(algorithms.split(node, node.operator)))
+def split(whole: Graph, results: int) -> Graph:
+    """With every convolution in three parts."""
+    nodes: list[Node] = []
+    for node in whole.nodes:
+        if isinstance(node.operator, Convolution):
+            nodes += algorithms.split(node, node.operator, results)
+        else:
+            nodes.append(node)
+    assert any(isinstance(node.operator, FromTiles) for node in nodes)
+    return whole.replace(nodes)
 
 
+@pytest.mark.parametrize("results", RESULTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("residual", [None, "before", "after"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_against_float64(case: tuple, residual: str | None, threads: int) -> None:
+def test_against_float64(results: int, case: tuple, residual: str | None, threads: int) -> None:
     whole = graph(case, "relu", residual)
-    check(split(whole), threads, expected=whole)
+    check(split(whole, results), threads, expected=whole)
 
 
+@pytest.mark.parametrize("results", RESULTS)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations(activation: str | None) -> None:
+def test_activations(results: int, activation: str | None) -> None:
     whole = graph(CASES[1], activation, "before")
-    check(split(whole), expected=whole)
+    check(split(whole, results), expected=whole)
 
 
+@pytest.mark.parametrize("results", RESULTS)
 @pytest.mark.parametrize("channels", [32, 256, 512])
-def test_error_is_not_much_more_than_pytorchs(channels: int) -> None:
-    whole = graph((1, channels, channels, 14, 14, (1, 1), (1, 1)))
+def test_error_is_not_much_more_than_pytorchs(results: int, channels: int) -> None:
+    whole = graph((1, channels, channels, 1, 14, 14, (1, 1), (1, 1)))
     operator = whole.nodes[0].operator
     assert isinstance(operator, Convolution)
-    program = Program(split(whole), Library())
+    program = Program(split(whole, results), Library())
     (x,) = program.example()
     exact = F.conv2d(x.double(), operator.weight.double(), operator.bias.double(), padding=1)
     theirs = F.conv2d(x, operator.weight, operator.bias, padding=1)
@@ -69,28 +83,23 @@ def test_error_is_not_much_more_than_pytorchs(channels: int) -> None:
     assert error <= 4 * bound
 
 
-def test_parts_of_wider_values() -> None:
+@pytest.mark.parametrize("results", RESULTS)
+def test_parts_of_wider_values(results: int) -> None:
     # The input is a slice, the result a part of a concatenation.
     b = Builder((1, 64, 9, 9))
     left, right = b.split(b.inputs[0], 32)
     y = b.concat(b.conv(right, 40, 3, padding=1), left)
     whole = b.graph(y)
-    nodes = []
-    for node in whole.nodes:
-        if isinstance(node.operator, Convolution):
-            nodes += algorithms.split(node, node.operator)
-        else:
-            nodes.append(node)
-    assert any(isinstance(node.operator, FromTiles) for node in nodes)
-    check(whole.replace(nodes), expected=whole)
+    check(split(whole, results), expected=whole)
 
 
 def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = graph(CASES[0])
-    for faster in (True, False):
-        monkeypatch.setattr(algorithms, "_is_faster", lambda *_, answer=faster: answer)
+    for fastest in (None, *RESULTS):
+        monkeypatch.setattr(algorithms, "_fastest", lambda *_, answer=fastest: answer)
         chosen = algorithms.choose(whole, Library())
-        assert len(chosen.nodes) == (3 if faster else 1)
+        tiles = [n.operator.results for n in chosen.nodes if isinstance(n.operator, FromTiles)]
+        assert tiles == ([fastest] if fastest else [])
 
 
 def test_never_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

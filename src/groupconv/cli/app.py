@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from groupconv.cli import apply, cache, demo, doctor, explain, optimize, plan, profile, trace
+from groupconv.cli import (
+    apply,
+    cache,
+    compile,
+    demo,
+    doctor,
+    explain,
+    optimize,
+    plan,
+    profile,
+    trace,
+)
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, GroupConvError
 
@@ -24,6 +35,7 @@ app.command()(trace.trace)
 app.command()(optimize.optimize)
 app.command()(plan.plan)
 app.command()(apply.apply)
+app.command()(compile.compile)
 app.command()(explain.explain)
 app.command()(cache.cache)
 app.command()(doctor.doctor)

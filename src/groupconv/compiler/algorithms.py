@@ -2,12 +2,14 @@
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from groupconv.compiler.filtering import TAPS, filtering, tiles
 from groupconv.compiler.graph import (
     Convolution,
     FromTiles,
@@ -19,17 +21,18 @@ from groupconv.compiler.graph import (
 )
 from groupconv.compiler.library import Library
 from groupconv.compiler.program import Program
-from groupconv.compiler.steps.winograd import tiles
 from groupconv.kernels import cache, openmp
 from groupconv.kernels.tuning import tuning
 from groupconv.timing import interleave
 
-# Channels, on both sides, below which the transforms cost more than they save.
-_WIDE = 32
-# Seconds for which the two ways are compared, and by how much the new one must win.
-_COMPARING, _MARGIN = 0.1, 1.05
-# Of a row of the weights: G in Lavin and Gray's notation.
-_WEIGHTS = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+# Channels of a group, on both sides, below which the transforms cost more than they save.
+_WIDE = 16
+# Results of a tile, and the products that are added in turn: with more results products grow
+# larger than what they sum up to, and shorter chains keep the rounding error below four times that
+# of PyTorch.
+_CHAINS = {2: 128, 4: 32}
+# Seconds for which the ways are compared, and by how much a new one must win.
+_COMPARING, _MARGIN = 0.15, 1.05
 
 
 def choose(graph: Graph, library: Library) -> Graph:
@@ -37,12 +40,9 @@ def choose(graph: Graph, library: Library) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         operator = node.operator
-        if (
-            isinstance(operator, Convolution)
-            and _is_suited(node, operator)
-            and _is_faster(node, operator, library)
-        ):
-            nodes += split(node, operator)
+        if isinstance(operator, Convolution) and _is_suited(node, operator):
+            results = _fastest(node, operator, library)
+            nodes += split(node, operator, results) if results else [node]
         else:
             nodes.append(node)
     return graph.replace(nodes)
@@ -52,60 +52,61 @@ def _is_suited(node: Node, operator: Convolution) -> bool:
     conv = operator.conv
     return (
         not conv.transposed
-        and conv.groups == 1
-        and conv.kernel_size == (3, 3)
+        and conv.kernel_size == (TAPS, TAPS)
         and conv.stride == conv.dilation == (1, 1)
         and min(min(pair) for pair in conv.padding) >= 0
-        and min(conv.in_channels, conv.out_channels) >= _WIDE
+        and min(conv.in_channels, conv.out_channels) // conv.groups >= _WIDE
         and operator.order is None
         and node.inputs[0].axis == 1
     )
 
 
-def split(node: Node, operator: Convolution) -> Iterator[Node]:
-    """The three parts of a convolution."""
+def split(node: Node, operator: Convolution, results: int) -> Iterator[Node]:
+    """The three parts of a convolution; each tile has ``results`` to a side."""
     conv, (x, *added) = operator.conv, node.inputs
-    down, across = tiles(conv.output_size)
-    count = conv.batch * down * across
+    count = conv.batch * math.prod(tiles(conv.output_size, results))
     before = (conv.padding[0][0], conv.padding[1][0])
-    inward = Value(f"{node.name}.tiles", (16, count, conv.in_channels), 2)
-    products = Value(f"{node.name}.products", (16, count, conv.out_channels), 2)
+    weight = _transformed(operator.weight, results)
+    inward = Value(f"{node.name}.tiles", (len(weight), count, conv.in_channels), 2)
+    products = Value(f"{node.name}.products", (len(weight), count, conv.out_channels), 2)
     height, width = conv.output_size
-    last = FromTiles(operator.bias, operator.activation, operator.slope, operator.residual)
-    yield Node(node.name, ToTiles(before, (height, width)), (x,), inward)
-    yield Node(node.name, Products(_transformed(operator.weight)), (inward,), products)
+    first = ToTiles(results, before, (height, width))
+    last = FromTiles(results, operator.bias, operator.activation, operator.slope, operator.residual)
+    yield Node(node.name, first, (x,), inward)
+    yield Node(node.name, Products(weight, conv.groups, _CHAINS[results]), (inward,), products)
     yield Node(node.name, last, (products, *added), node.output)
 
 
-def _transformed(weight: Tensor) -> Tensor:
-    """(16, out, in) of (out, in, 3, 3), computed in float64."""
-    matrix = torch.tensor(_WEIGHTS, dtype=torch.float64)
-    found = torch.einsum("ia,jb,ocab->ijoc", matrix, matrix, weight.double())
-    return found.reshape(16, *weight.shape[:2]).float().contiguous()
+def _transformed(weight: Tensor, results: int) -> Tensor:
+    """((results + 2)**2, out, in) of (out, in, 3, 3), computed in float64."""
+    taps = torch.tensor(filtering(results).taps, dtype=torch.float64)
+    both = torch.kron(taps, taps)
+    flat = weight.detach().double().flatten(2).permute(2, 0, 1)
+    return (both @ flat.flatten(1)).unflatten(1, flat.shape[1:]).float()
 
 
-def _is_faster(node: Node, operator: Convolution, library: Library) -> bool:
-    """By the clock, on the layer alone; remembered with the code."""
+def _fastest(node: Node, operator: Convolution, library: Library) -> int | None:
+    """Results of a tile by the clock, on the layer alone, or None; remembered with the code."""
     if not tuning():
-        return False
+        return None
     plain = replace(operator, bias=None, activation=None, residual=None)
-    key = cache.key("winograd", plain.conv, library.machine, openmp.threads())
+    key = cache.key("winograd", plain.conv, sorted(_CHAINS), library.machine, openmp.threads())
     entry = cache.read(key)
     if entry is not None:
         return json.loads(entry)
     x = Value("x", node.inputs[0].shape)
     y = Value("y", node.output.shape)
     alone = Node("y", plain, (x,), y)
-    programs = {
-        "direct": Program(Graph((x,), (y,), [alone]), library),
-        "winograd": Program(Graph((x,), (y,), list(split(alone, plain))), library),
-    }
-    example = programs["direct"].example()
+    ways: dict[int | None, list[Node]] = {None: [alone]}
+    ways.update((m, list(split(alone, plain, m))) for m in _CHAINS)
+    programs = {m: Program(Graph((x,), (y,), nodes), library) for m, nodes in ways.items()}
+    example = programs[None].example()
     times = interleave(
-        {name: functools.partial(program, example) for name, program in programs.items()},
+        {str(m): functools.partial(program, example) for m, program in programs.items()},
         seconds=_COMPARING,
         max_runs=50,
     )
-    result = times["direct"].q1 > _MARGIN * times["winograd"].q1
+    seconds = {m: times[str(m)].q1 * (1 if m is None else _MARGIN) for m in programs}
+    result = min(seconds, key=seconds.__getitem__)
     cache.write(key, json.dumps(result).encode())
     return result

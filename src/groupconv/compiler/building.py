@@ -1,6 +1,7 @@
 """Builder: a graph under construction, and values brought to the layout that an operator needs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from groupconv.compiler.graph import (
     Input,
     Node,
     Operator,
+    Pad,
+    Pool,
     Relayout,
     Value,
     View,
 )
-from groupconv.compiler.views import Lazy, recognise
+from groupconv.compiler.views import Cropped, Lazy, cropped, recognise
 from groupconv.errors import GroupConvError
 
 
@@ -45,7 +48,7 @@ class Builder:
         planes = x.is_contiguous() or not (
             x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         )
-        axis = x.ndim - 1 if planes else 1
+        axis = _last(x.ndim) if planes else 1
         self.inputs.append(Value(self._name("input"), tuple(x.shape), axis, x.dtype))
         return Lazy.of(self.inputs[-1])
 
@@ -79,12 +82,19 @@ class Builder:
         return self._resolved[held]
 
     def _resolve(self, held: Lazy) -> Value:
-        seen = recognise(held)
         base = held.base
-        if seen is None and not base.contiguous and base.axis == 1:
-            base = self.laid_out(base, len(base.shape) - 1)
-            seen = recognise(Lazy(base, held.chain, held.shape))
-        if seen is None or base.dtype != torch.float32:
+        if base.dtype != torch.float32 or not base.shape or not all(held.shape):
+            return self._copied(held)
+        seen = recognise(held)
+        if seen is None and (crop := cropped(held)):
+            return self._cropped(held, crop)
+        if seen is None and len(base.shape) > 2 and base.axis in (1, len(base.shape) - 1):
+            # As it would be with the other axis innermost.
+            other = replace(base, axis=len(base.shape) - base.axis)
+            seen = recognise(Lazy(other, held.chain, held.shape))
+            if seen is not None:
+                base = self.laid_out(base, other.axis)
+        if seen is None:
             return self._copied(held)
         if seen.order is not None:
             shape = [*base.shape]
@@ -93,6 +103,15 @@ class Builder:
         if (base.shape, base.axis) == (held.shape, seen.axis):
             return base
         return self.add("view", View(), [base], held.shape, seen.axis)
+
+    def _cropped(self, held: Lazy, crop: Cropped) -> Value:
+        """Some rows and columns: a crop, and the pooling of single pixels."""
+        (top, bottom), (left, right) = crop.sides
+        size = [n - a - b for n, (a, b) in zip(held.base.shape[2:], crop.sides, strict=True)]
+        value, shape = self.laid_out(held.base, 1), (*held.shape[:2], *size)
+        value = self.add("crop", Pad(((-top, -bottom), (-left, -right))), [value], shape)
+        pool = Pool("max", (1, 1), crop.steps, ((0, 0), (0, 0)))
+        return self.add("crop", pool, [value], held.shape)
 
     def _copied(self, held: Lazy) -> Value:
         """What no gather of channels makes, computed by PyTorch view by view."""
@@ -107,9 +126,9 @@ class Builder:
         """The same tensor with another axis innermost."""
         if value.axis == axis:
             return value
-        if _order(value.shape, axis) == _order(value.shape, value.axis):
+        if 0 in value.shape or _order(value.shape, axis) == _order(value.shape, value.axis):
             return self.add("view", View(), [value], value.shape, axis)
-        if 1 in (value.axis, axis) and len(value.shape) - 1 in (value.axis, axis):
+        if {value.axis, axis} == {1, len(value.shape) - 1}:
             return self.add("layout", Relayout(), [value], value.shape, axis)
         raise UnsupportedError(f"axis {axis} of {list(value.shape)} can't lie innermost")
 
@@ -142,7 +161,7 @@ class Builder:
         )
         name = str(target).removeprefix("aten.").partition(".")[0]
         shape = tuple(like.shape)
-        return Lazy.of(self.add(name, operator, inputs, shape, len(shape) - 1, like.dtype))
+        return Lazy.of(self.add(name, operator, inputs, shape, _last(len(shape)), like.dtype))
 
     def finish(self, leaves: Sequence[Any]) -> Graph:
         """The graph that returns ``leaves``: contiguous, but images channels last where an input
@@ -150,7 +169,7 @@ class Builder:
         outputs = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
-                outputs.append(self.constant(leaf, leaf.ndim - 1))
+                outputs.append(self.constant(leaf, _last(leaf.ndim)))
             elif isinstance(leaf, Lazy):
                 outputs.append(self._returned(self.value(leaf)))
             else:
@@ -161,13 +180,20 @@ class Builder:
 
     def _returned(self, value: Value) -> Value:
         dims = len(value.shape)
+        if value.dtype != torch.float32:
+            return value
         if dims == 4 and any(len(x.shape) == 4 and x.axis == 1 for x in self.inputs):
             return self.laid_out(value, 1)
-        return self.laid_out(value, dims - 1) if dims else value
+        return self.laid_out(value, _last(dims))
 
     def _name(self, name: str) -> str:
         number = self._used[name] = self._used.get(name, 0) + 1
         return name if number == 1 else f"{name}.{number}"
+
+
+def _last(dims: int) -> int:
+    """The channel axis of a contiguous tensor."""
+    return max(0, dims - 1)
 
 
 def _order(shape: tuple[int, ...], axis: int) -> list[int]:

@@ -1,8 +1,9 @@
 """A network as native code: what ``groupconv.compile`` returns."""
 
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from groupconv.compiler.library import Library
 from groupconv.compiler.passes import optimize
 from groupconv.compiler.profile import NetworkProfile, Report, profile, report
 from groupconv.compiler.program import Program
+from groupconv.compiler.watch import Watch
 from groupconv.errors import ArgumentError
 from groupconv.kernels.machine import runnable
 
@@ -29,14 +31,16 @@ _Sizes = tuple[Any, ...]
 class Compiled(nn.Module):
     """An inference network as native code. The weights are those of the moment it was compiled.
 
-    Inputs of another size than the first ones get a program of their own, made on the first call;
-    the last eight are kept.
+    Inputs of another size than the first ones get a program of their own, made on the first call
+    from the model, which must be as it was then; the last eight are kept. Safe to call from several
+    threads at once.
     """
 
     def __init__(self, model: nn.Module | None, library: Library) -> None:
         super().__init__()
         # Not among the modules: its parameters are not ours any more.
         self._source = (model,)
+        self._watch = Watch(() if model is None else _tensors(model))
         self.library = library
         # For each kind of inputs its program, and the structure of what it returns.
         self.programs: OrderedDict[_Sizes, tuple[Program, pytree.TreeSpec]] = OrderedDict()
@@ -50,15 +54,13 @@ class Compiled(nn.Module):
             inputs: float32 tensors (or of the dtypes of the example inputs) on the CPU.
 
         Raises:
-            ArgumentError: an input is not on the CPU, or gradients are asked for.
+            ArgumentError: an input is not on the CPU, or empty, or gradients are asked for; or the
+                model has changed, and there is no program for inputs of this size yet.
+            GroupConvError: the network can't be captured for inputs of this size.
         """
         inputs, sizes = _dense(inputs)
-        found = self.programs.get(sizes)
-        if found is None:
-            found = self._make(sizes, inputs)
-        program, structure = found
-        with torch.no_grad():
-            return pytree.tree_unflatten(program(inputs), structure)
+        program, structure = self.programs.get(sizes) or self._make(sizes, inputs)
+        return pytree.tree_unflatten(program(inputs), structure)
 
     def train(self, mode: bool = True) -> "Compiled":
         """Inference only: raises ArgumentError unless ``mode`` is False."""
@@ -66,11 +68,23 @@ class Compiled(nn.Module):
             raise ArgumentError("compile: train(True): compiled networks only run inference")
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Compiled":
+        """The same programs: nothing in them changes."""
+        twin = Compiled(None, self.library)
+        twin._source, twin._watch = self._source, self._watch
+        twin.programs = self.programs.copy()
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise ArgumentError(
+            "compile: a compiled network can't be pickled; write it with save(path) and read it "
+            "with groupconv.load_compiled(path)"
+        )
+
     def program(self, *inputs: Tensor) -> Program:
         """The program for inputs of such sizes."""
         inputs, sizes = _dense(inputs)
-        found = self.programs.get(sizes) or self._make(sizes, inputs)
-        return found[0]
+        return (self.programs.get(sizes) or self._make(sizes, inputs))[0]
 
     def profile(self, *inputs: Tensor) -> NetworkProfile:
         """Time every step, for ``inputs`` or random ones of the sizes that were last compiled."""
@@ -105,9 +119,21 @@ class Compiled(nn.Module):
                     f"compile: inputs of shapes {[list(x.shape) for x in inputs]}: a network from "
                     f"a file runs those it was saved with: {legal}"
                 )
-            graph, structure = capture(model, inputs)
-            graph = choose(optimize(graph), self.library)
-            self.add(Program(graph, self.library), structure)
+            if not self._watch.holds(_tensors(model)):
+                raise ArgumentError(
+                    f"compile: inputs of shapes {[list(x.shape) for x in inputs]} need a program "
+                    "of their own, and the model has changed since it was compiled: compile it anew"
+                )
+            for number, x in enumerate(inputs):
+                if 0 in x.shape:
+                    raise ArgumentError(
+                        f"compile: input {number} has shape {list(x.shape)}: it must not be empty"
+                    )
+            # What is kept must not be bound to the mode of the first call.
+            with torch.inference_mode(False), torch.no_grad():
+                graph, structure = capture(model, inputs)
+                graph = choose(optimize(graph), self.library)
+                self.add(Program(graph, self.library), structure)
             return self.programs[sizes]
 
     def add(self, program: Program, structure: pytree.TreeSpec) -> None:
@@ -150,6 +176,10 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Comp
     with torch.no_grad():
         compiled.program(*inputs)
     return compiled
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _dense(inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], _Sizes]:

@@ -49,10 +49,13 @@ def multiply(
     """A task for each matrix: all are kernels of one pixel on an image of one row."""
     (x,), y = node.inputs, node.output
     count, rows, into = x.shape
-    conv = ConvSpec(1, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+    conv = ConvSpec(
+        1, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), operator.groups
+    )
     (part,) = parts(conv).parts
+    part = replace(part, spec=replace(part.spec, chain=operator.chain))
     for number in range(count):
-        matrix = Convolution(conv, operator.weight[number].reshape(y.channels, into, 1, 1))
+        matrix = Convolution(conv, operator.weight[number][:, :, None, None])
         source, target = (
             replace(places[v], channel=places[v].channel + number * rows * v.channels)
             for v in (x, y)
@@ -71,8 +74,7 @@ def _task(
     source, residual, target = places
     images = operator.conv.batch
     kernel = library.kernel(part.spec, images)
-    what = f"{part.spec.conv} {part.phase} {kernel.machine} {kernel.tile.code}"
-    weight = shared(what, operator.weight, lambda whole: kernel.pack(part.weight(whole)))
+    weight = shared(kernel.pack(part.weight(operator.weight)))
     bias = None if operator.bias is None else operator.bias.contiguous()
     arguments: dict[str, int | Pointer] = {
         "x": Pointer.to(source),

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from groupconv.compiler.building import Builder, UnsupportedError
 from groupconv.compiler.graph import Instruction, Map, Value
-from groupconv.compiler.views import Lazy, ViewOf
+from groupconv.compiler.views import Lazy
 
 aten = torch.ops.aten
 
@@ -39,15 +39,27 @@ def _clamp(x: Any, low: float | None = None, high: float | None = None) -> _Prog
 
 
 def _elu(x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> _Program:
-    if scale != 1 or input_scale != 1:
-        raise UnsupportedError(f"scale={scale}, input_scale={input_scale}")
-    return _one("elu", x, parameters=(alpha,))
+    if scale == input_scale == 1:
+        return _one("elu", x, parameters=(alpha,))
+    return (x,), (
+        Instruction("mul", (0, float(input_scale))),
+        Instruction("elu", (-1,), (float(alpha * input_scale),)),
+        Instruction("mul", (-2, scale / input_scale)),
+    )
 
 
 def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> _Program:
     if beta != 1 or threshold != 20:
         raise UnsupportedError(f"beta={beta}, threshold={threshold}")
     return _one("softplus", x)
+
+
+def _rrelu(
+    x: Any, noise: Any, low: float = 1 / 8, high: float = 1 / 3, training: bool = False
+) -> _Program:
+    if training:
+        raise UnsupportedError("its slopes are random")
+    return _one("leaky_relu", x, parameters=((low + high) / 2,))
 
 
 def _gelu(x: Any, *, approximate: str = "none") -> _Program:
@@ -90,7 +102,9 @@ _WITH_ARGUMENTS: dict[Any, Callable[..., _Program]] = {
     aten.clamp_min: _clamp,
     aten.clamp_max: lambda x, high: _clamp(x, None, high),
     aten.leaky_relu: lambda x, slope=0.01: _one("leaky_relu", x, parameters=(slope,)),
+    aten.rrelu_with_noise: _rrelu,
     aten.elu: _elu,
+    aten.celu: lambda x, alpha=1.0: _elu(x, alpha, 1, 1 / alpha),
     aten.gelu: _gelu,
     aten.softplus: _softplus,
     aten.pow: _power,
@@ -117,14 +131,15 @@ def elementwise(builder: Builder, node: fx.Node, *args: Any, **kwargs: Any) -> L
     places: list[tuple[str, Any]] = []
     for operand in operands:
         if isinstance(operand, Lazy):
-            inputs.append(_spread(builder, operand, shape, axis))
+            inputs.append(_spread(builder, operand, len(shape), axis))
             places.append(("input", len(inputs) - 1))
         elif isinstance(operand, Tensor) and operand.numel() > 1:
             row = _row(operand, shape, axis)
             if row is None:
                 whole = operand.detach().reshape((1,) * (len(shape) - operand.ndim) + operand.shape)
+                if not _spreads(tuple(whole.shape), shape, axis):
+                    whole = whole.expand(shape)
                 inputs.append(builder.constant(whole, axis))
-                _check(inputs[-1].shape, shape, axis)
                 places.append(("input", len(inputs) - 1))
             else:
                 constants.append(row)
@@ -148,30 +163,30 @@ def elementwise(builder: Builder, node: fx.Node, *args: Any, **kwargs: Any) -> L
 
 
 def _axis(builder: Builder, operands: Sequence[Any], shape: tuple[int, ...]) -> int:
-    """The axis of the channels: that of the largest input; of images rather 1."""
-    values = [builder.value(o) for o in operands if isinstance(o, Lazy) and o.shape == shape]
-    axes = [value.axis for value in values]
-    if not axes:
-        return 1 if len(shape) == 4 else len(shape) - 1
-    return 1 if 1 in axes else axes[0]
+    """The axis of the channels: that of the largest input, of images rather 1; another one where
+    the inputs could not be spread over the output."""
+    inputs = [operand for operand in operands if isinstance(operand, Lazy)]
+    axes = {builder.value(operand).axis for operand in inputs if operand.shape == shape}
+    likely = [1] if 1 in axes or (not axes and len(shape) == 4) else [*axes]
+    sizes = [(1,) * (len(shape) - len(operand.shape)) + operand.shape for operand in inputs]
+    for axis in (*likely, len(shape) - 1, 1):
+        if axis < len(shape) and all(_spreads(size, shape, axis) for size in sizes):
+            return axis
+    raise UnsupportedError(f"{' and '.join(str([*size]) for size in sizes)} give {[*shape]}")
 
 
-def _spread(builder: Builder, held: Lazy, shape: tuple[int, ...], axis: int) -> Value:
+def _spread(builder: Builder, held: Lazy, dims: int, axis: int) -> Value:
     """An input with as many axes as the output, and the same innermost."""
-    missing = len(shape) - len(held.shape)
+    missing = dims - len(held.shape)
     if missing:
-        new = (1,) * missing + held.shape
-        like = torch.empty(new, device="meta")
-        held = held.then(ViewOf(aten.reshape.default, (new,), {}, None, like))
-    value = builder.laid_out(builder.value(held), axis)
-    _check(value.shape, shape, axis)
-    return value
+        held = held.seen(aten.reshape.default, (1,) * missing + held.shape)
+    return builder.laid_out(builder.value(held), axis)
 
 
-def _check(size: tuple[int, ...], shape: tuple[int, ...], axis: int) -> None:
-    """Raise UnsupportedError unless a Map spreads an input of ``size`` over its output."""
+def _spreads(size: tuple[int, ...], shape: tuple[int, ...], axis: int) -> bool:
+    """Whether a Map spreads an input of ``size`` over its output."""
     if size == shape:
-        return
+        return True
     others = [i for i in range(len(shape)) if i != axis]
     pixel = size[axis] == 1 and all(size[i] == shape[i] for i in others)
     image = (
@@ -179,8 +194,7 @@ def _check(size: tuple[int, ...], shape: tuple[int, ...], axis: int) -> None:
         and size[0] in (1, shape[0])
         and all(size[i] == 1 for i in others if i != 0)
     )
-    if not pixel and not image:
-        raise UnsupportedError(f"{list(size)} is spread over {list(shape)}")
+    return pixel or image
 
 
 def _row(tensor: Tensor, shape: tuple[int, ...], axis: int) -> Tensor | None:

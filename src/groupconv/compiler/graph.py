@@ -25,7 +25,8 @@ class Value:
     Args:
         name: for people, unique in its graph.
         shape: as PyTorch sees it.
-        axis: the axis of the channels, innermost in memory; 1 for images in NHWC.
+        axis: the axis of the channels, innermost in memory; 1 for images in NHWC, 0 for a number
+            without axes.
         dtype: float32 for all that native code touches.
     """
 
@@ -36,7 +37,7 @@ class Value:
 
     @property
     def channels(self) -> int:
-        return self.shape[self.axis]
+        return self.shape[self.axis] if self.shape else 1
 
     @property
     def pixels(self) -> int:
@@ -46,7 +47,7 @@ class Value:
     @property
     def contiguous(self) -> bool:
         """Whether memory holds it in the order of its axes."""
-        return self.axis == len(self.shape) - 1
+        return self.axis == max(0, len(self.shape) - 1)
 
     def __repr__(self) -> str:
         return f"{self.name}{list(self.shape)}"
@@ -79,27 +80,33 @@ class Convolution:
 
 @dataclass(frozen=True)
 class ToTiles:
-    """The first third of a 3x3 convolution after Winograd: x, ``(N, C, H, W)``, as 16 matrices
-    ``(16, tiles, C)``, channel axis 2; see :mod:`groupconv.compiler.steps.winograd`.
+    """The first third of a 3x3 convolution after Winograd: x, ``(N, C, H, W)``, as a matrix for
+    each number of a tile, ``((results + 2)**2, tiles, C)``, channel axis 2.
 
     Args:
+        results: of a tile, along each side; see :mod:`groupconv.compiler.filtering`.
         before: rows and columns of padding before the image.
         output_size: rows and columns of the result of the convolution.
     """
 
+    results: int
     before: tuple[int, int]
     output_size: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """The second third: each of the 16 matrices times one of weights.
+    """The second third: each of the matrices times one of weights.
 
     Args:
-        weight: ``(16, out_channels, in_channels)``.
+        weight: ``((results + 2)**2, out_channels, in_channels / groups)``.
+        groups: of the channels.
+        chain: see :class:`groupconv.kernels.spec.KernelSpec`.
     """
 
     weight: Tensor
+    groups: int
+    chain: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +114,11 @@ class FromTiles:
     """The last third: inputs are the products, then the residual if there is one.
 
     Args:
+        results: see :class:`ToTiles`.
         bias, activation, slope, residual: see :class:`Convolution`.
     """
 
+    results: int
     bias: Tensor | None
     activation: str | None
     slope: float

@@ -2,7 +2,7 @@
 
 import hashlib
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,8 +15,8 @@ from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.tile import Tile
 
-# Packed weights by what is in them: programs of one network, for other batches or in other copies
-# of it, have them once.
+# Packed weights by what is in them: programs of one network, for other sizes or in other copies of
+# it, have them once.
 _packed: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
 
 
@@ -25,13 +25,15 @@ class Library:
     """Kernels and steps by what they compute.
 
     Args:
-        saved: for kernels, as :func:`name` has them, the tile and the object code that were chosen
+        saved: for kernels, by images and spec, the tile and the object code that were chosen
             before; what is not there is tuned.
+        kernels: those made so far, by the same names.
+        steps: those made so far, by the symbols of their code.
     """
 
     saved: Mapping[str, tuple[Tile, bytes]] = field(default_factory=dict)
     kernels: dict[str, Kernel] = field(default_factory=dict)
-    steps: dict[Step, int] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     @property
     def machine(self) -> Machine:
@@ -50,21 +52,11 @@ class Library:
 
     def function(self, step: Step) -> int:
         """The address of a step's code."""
-        if step not in self.steps:
-            self.steps[step] = code.function(step, self.machine)
-        return self.steps[step]
+        self.steps[code.name(step, self.machine)] = step
+        return code.function(step, self.machine)
 
 
-def shared(what: str, weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    """``pack(weight)``, or the same tensor as last time for the same numbers.
-
-    Args:
-        what: names what ``pack`` does.
-    """
-    digest = hashlib.sha256(f"{what} {tuple(weight.shape)}".encode())
-    digest.update(weight.contiguous().numpy().data)
-    key = digest.hexdigest()
-    found = _packed.get(key)
-    if found is None:
-        found = _packed[key] = pack(weight)
-    return found
+def shared(packed: Tensor) -> Tensor:
+    """``packed``, or a tensor of the same numbers that another program has."""
+    digest = hashlib.sha256(packed.numpy().data).hexdigest()
+    return _packed.setdefault(digest, packed)

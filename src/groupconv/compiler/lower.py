@@ -29,9 +29,9 @@ from groupconv.compiler.graph import (
 )
 from groupconv.compiler.library import Library
 from groupconv.compiler.memory import Memory, Place
-from groupconv.compiler.steps import winograd
 from groupconv.compiler.steps.adaptive import AdaptivePoolStep
 from groupconv.compiler.steps.copy import CopyStep
+from groupconv.compiler.steps.from_tiles import FromTilesStep
 from groupconv.compiler.steps.gather import GatherStep
 from groupconv.compiler.steps.map import MapStep
 from groupconv.compiler.steps.norm import LayerNormStep
@@ -41,8 +41,8 @@ from groupconv.compiler.steps.relayout import RelayoutStep
 from groupconv.compiler.steps.shuffle import ShuffleStep, regular
 from groupconv.compiler.steps.softmax import SoftmaxStep
 from groupconv.compiler.steps.step import Step
+from groupconv.compiler.steps.to_tiles import ToTilesStep
 from groupconv.compiler.steps.upsample import UpsampleStep
-from groupconv.compiler.steps.winograd import FromTilesStep, ToTilesStep
 from groupconv.compiler.task import Call, Pointer, Task
 
 # A guess of the bytes that one thread reads and writes in a second.
@@ -107,9 +107,8 @@ class _Lowering:
                 return self._task(node, PadStep(pad, x.channels, size, strides))
             case Softmax():
                 return self._task(node, SoftmaxStep(_pixels(x), x.channels, strides))
-            case ToTiles(before, output_size):
-                grid = winograd.tiles(output_size)
-                inward = ToTilesStep(x.channels, size, before, grid, strides[0])
+            case ToTiles(results, before, output_size):
+                inward = ToTilesStep(results, x.channels, size, before, output_size, strides[0])
                 return self._task(node, inward, images=x.shape[0])
             case FromTiles() as last:
                 return self._from_tiles(node, last)
@@ -128,8 +127,8 @@ class _Lowering:
         strides = (residual.pixel if residual else 0, self.places[y].pixel)
         bias = None if last.bias is None else last.bias.detach().contiguous()
         step = FromTilesStep(
-            y.channels, _size(y), strides, bias is not None, last.residual, last.activation,
-            last.slope,
+            last.results, y.channels, _size(y), strides, bias is not None, last.residual,
+            last.activation, last.slope,
         )  # fmt: skip
         record = (
             Pointer.to(self.places[x]),

@@ -13,15 +13,18 @@ import torch
 
 from groupconv.compiler.graph import (
     Concat,
+    Convolution,
     Gather,
     Graph,
     Host,
     Map,
     Node,
+    Relayout,
     Value,
     View,
     consecutive,
 )
+from groupconv.compiler.weights import reads_planes
 
 # Bytes to which buffers are aligned: a line of the cache.
 _ALIGNMENT = 64
@@ -106,6 +109,8 @@ class _Places:
         self.read = {value: max(self.made[node.output] for node in nodes)
                      for value, nodes in graph.readers().items()}  # fmt: skip
         self.read.update(dict.fromkeys(graph.outputs, len(graph.nodes)))
+        # Steps on planes know of no distance between pixels.
+        self.dense = {value for node in graph.nodes for value in _planes(node)}
 
     def find(self) -> None:
         for kind, values in (("input", self.graph.inputs), ("constant", self.graph.constants)):
@@ -155,8 +160,14 @@ class _Places:
                 self.found[value] = Place(place.storage, place.channel + start, place.pixel)
             start += value.channels
 
+    def _may_lie(self, value: Value, place: Place) -> bool:
+        """Whether all that read and write ``value`` find it there."""
+        return value not in self.dense or place.pixel == value.channels
+
     def _are_neighbours(self, node: Node) -> bool:
         """Whether the inputs will lie side by side already, in a wider concatenation."""
+        if node.output in self.dense:
+            return False
         first, *others = (self.found.get(value) for value in node.inputs)
         if first is None or first.storage.kind in ("input", "constant"):
             return False
@@ -174,6 +185,7 @@ class _Places:
         return (
             node is not None
             and value not in self.found
+            and value not in self.dense
             and not isinstance(node.operator, View)
             and _slice(node) is None
         )
@@ -183,13 +195,16 @@ class _Places:
         if start is not None or isinstance(node.operator, View):
             source = self.found.get(node.inputs[0])
             if source is not None and self._fits(node, source):
-                self.found[node.output] = Place(
-                    source.storage, source.channel + (start or 0), source.pixel
-                )
-                return
+                # Dense memory seen as rows of another length.
+                dense = start is None and source.pixel == node.inputs[0].channels
+                pixel = node.output.channels if dense else source.pixel
+                place = Place(source.storage, source.channel + (start or 0), pixel)
+                if self._may_lie(node.output, place):
+                    self.found[node.output] = place
+                    return
         if isinstance(node.operator, Map):
             for value in node.inputs:
-                if self._ends_here(value, node):
+                if self._ends_here(value, node) and self._may_lie(node.output, self.found[value]):
                     self.found[node.output] = self.found[value]
                     return
         self._own(node.output)
@@ -221,6 +236,15 @@ class _Places:
             for other, there in self.found.items()
             if there.storage is place.storage
         )
+
+
+def _planes(node: Node) -> list[Value]:
+    """What the node reads or writes as planes, channel by channel."""
+    if isinstance(node.operator, Relayout):
+        return [value for value in (*node.inputs, node.output) if value.contiguous]
+    if isinstance(node.operator, Convolution) and reads_planes(node):
+        return [node.inputs[0]]
+    return []
 
 
 def _slice(node: Node) -> int | None:

@@ -2,6 +2,7 @@
 
 import bisect
 import io
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ class NetworkProfile:
 
     def table(self) -> Table:
         """The steps as a table for the terminal."""
-        table = Table(title=f"{1e3 * self.seconds:.3f} ms, {self.threads} threads")
+        title = f"{1e3 * self.seconds:.3f} ms on {self.threads} threads"
+        table = Table(title=title, title_justify="left")
         for column in ("step", "kind"):
             table.add_column(column)
         for column in ("us", "share", "GFLOP/s", "of peak", "GB/s"):
@@ -110,32 +112,53 @@ class NetworkProfile:
         """
         # Takes as long to import as all the rest.
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
-        figure = Figure(figsize=(11, 6), layout="constrained")
-        above, below = figure.subplots(2, sharex=True, height_ratios=(2, 3))
-        ends = [0.0]
-        for step in self.steps:
-            ends.append(ends[-1] + 1e3 * step.seconds)
-        kinds = sorted({step.kind.split(",")[0] for step in self.steps})
-        for number, kind in enumerate(kinds):
-            chosen = [i for i, s in enumerate(self.steps) if s.kind.split(",")[0] == kind]
-            above.bar(
-                [ends[i] for i in chosen],
-                [self.steps[i].flops / 1e9 for i in chosen],
-                [ends[i + 1] - ends[i] for i in chosen],
-                align="edge", color=f"C{number % 10}", edgecolor="white", linewidth=0.3, label=kind,
+        figure = Figure(figsize=(11, 6.5), layout="constrained")
+        line, speed, arena = figure.subplots(3, sharex=True, height_ratios=(1, 6, 9))
+        starts = [0.0, *itertools.accumulate(1e3 * step.seconds for step in self.steps)]
+        widths = [1e3 * step.seconds for step in self.steps]
+        kinds = [step.kind.split(",")[0] if step.native else "PyTorch" for step in self.steps]
+        times = {
+            kind: sum(w for w, k in zip(widths, kinds, strict=True) if k == kind)
+            for kind in dict.fromkeys(kinds)
+        }
+        largest = sorted(times, key=lambda kind: -times[kind])
+        colors = {kind: f"C{i % 10}" for i, kind in enumerate(largest)} | {"PyTorch": "#555555"}
+        edge = {"edgecolor": "white", "linewidth": 0.3}
+        line.broken_barh(
+            list(zip(starts, widths, strict=False)), (0, 1),
+            facecolors=[colors[kind] for kind in kinds], **edge,
+        )  # fmt: skip
+        line.set(yticks=[], ylim=(0, 1), xlim=(0, starts[-1] or 1))
+        line.set_title(
+            f"{1e3 * self.seconds:.3f} ms on {self.threads} threads, "
+            f"arena {_size(self.arena)}", loc="left", fontsize=10,
+        )  # fmt: skip
+        speed.bar(
+            starts[:-1], [step.flops / 1e9 for step in self.steps], widths,
+            align="edge", color=[colors[kind] for kind in kinds], **edge,
+        )  # fmt: skip
+        speed.axhline(self.peak / 1e9, color="#888888", linestyle=":")
+        speed.annotate(
+            "peak", (1, self.peak / 1e9), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=8, color="#888888",
+        )  # fmt: skip
+        top = max([self.peak, *(step.flops for step in self.steps)])
+        speed.set(ylabel="GFLOP/s", ylim=(0, 1.08e-9 * top))
+        unit, name = (2**20, "MiB") if self.arena >= 2**20 else (2**10, "KiB")
+        for block in self.blocks:
+            start, end = starts[block.first], starts[block.last + 1]
+            arena.broken_barh(
+                [(start, end - start)], (block.offset / unit, block.size / unit),
+                facecolor=colors[kinds[block.first]], alpha=0.75, **edge,
             )  # fmt: skip
-        above.axhline(self.peak / 1e9, color="#888888", linestyle=":", label="peak")
-        above.set_ylabel("GFLOP/s")
-        above.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-        for number, block in enumerate(self.blocks):
-            start, end = ends[block.first], ends[block.last + 1]
-            below.broken_barh(
-                [(start, end - start)], (block.offset / 2**20, block.size / 2**20),
-                facecolor=f"C{number % 10}", alpha=0.7, edgecolor="white", linewidth=0.3,
-            )  # fmt: skip
-        below.set_ylabel(f"arena, MiB (in all {self.arena / 2**20:.1f})")
-        below.set_xlabel("ms")
+        arena.set(ylabel=f"arena, {name}", xlabel="ms", ylim=(0, None))
+        figure.legend(
+            [Patch(color=colors[kind]) for kind in largest],
+            [f"{kind}, {times[kind]:.3f} ms" for kind in largest],
+            loc="outside right upper", frameon=False, fontsize=8,
+        )  # fmt: skip
         figure.savefig(path)
 
 
@@ -177,13 +200,18 @@ class Report:
         lines = [
             f"{self.tasks} native steps, {len(self.cuts)} by PyTorch; "
             f"{1e3 * self.seconds:.3f} ms; "
-            f"arena {self.arena / 2**20:.1f} MiB, weights {self.weights / 2**20:.1f} MiB"
+            f"arena {_size(self.arena)}, weights {_size(self.weights)}"
         ]
-        lines += [
-            f"  {cut.name}: {1e3 * cut.seconds:.3f} ms: {cut.operator}: {cut.reason}"
-            for cut in self.cuts
-        ]
+        for cut in self.cuts:
+            time_, share = 1e3 * cut.seconds, cut.seconds / self.seconds
+            why = cut.reason if cut.operator in cut.reason else f"{cut.operator} {cut.reason}"
+            lines.append(f"  {cut.name}, {time_:.3f} ms ({share:.0%}), by PyTorch: {why}")
         return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def profile(program: Program, inputs: Sequence[Tensor]) -> NetworkProfile:

@@ -67,8 +67,10 @@ class Program:
                 break
             if session.threads == threads:
                 return session
-        arena = torch.empty(self.memory.arena // 4)
-        return Session(self.graph, self.memory, self.steps, threads, arena)
+        # Of use in other modes than that of this call, too.
+        with torch.inference_mode(False):
+            arena = torch.empty(self.memory.arena // 4)
+            return Session(self.graph, self.memory, self.steps, threads, arena)
 
 
 def _example(value: Value) -> Tensor:

@@ -82,7 +82,8 @@ class _Writer:
             return [self.write(part) for part in item]
         if isinstance(item, Tensor):
             # By what is in it, so that graphs of the same weights have them once.
-            whole = item.detach().contiguous()
+            # A copy: no two tensors of a file may share memory.
+            whole = item.detach().clone(memory_format=torch.contiguous_format)
             name = hashlib.sha256(f"{whole.dtype} {tuple(whole.shape)}".encode())
             name.update(whole.reshape(-1).view(torch.uint8).numpy().data)
             self.tensors.setdefault(name.hexdigest(), whole)

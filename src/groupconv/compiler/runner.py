@@ -88,14 +88,25 @@ def _steps(machine: Machine, name: str) -> tuple[Emitter, str]:
     )
 
 
+def name(machine: Machine) -> str:
+    """The symbol of the loop."""
+    return f"run_{machine.name.replace('.', '_')}"
+
+
+def object_code(machine: Machine) -> bytes:
+    """The object file that holds :func:`name`, from the cache or compiled now."""
+    text = emit(machine, name(machine))
+    key = cache.key("runner", text, machine)
+    code = cache.read(key)
+    if code is None:
+        code = jit.compile_object(text, machine)
+        cache.write(key, code)
+    return code
+
+
 @functools.cache
 def runner(machine: Machine | None = None) -> jit.Function:
     """``run(steps, count, threads, parallel, barrier, thread_number, thread_count)``."""
     machine = machine or runnable()[0]
-    name = f"run_{machine.name.replace('.', '_')}"
-    key = cache.key("runner", machine)
-    code = cache.read(key)
-    if code is None:
-        code = jit.compile_object(emit(machine, name), machine)
-        cache.write(key, code)
-    return jit.load(code, name, _PROTOTYPE)
+    symbol = name(machine)
+    return _PROTOTYPE(jit.known(symbol) or jit.address(object_code(machine), symbol))

@@ -1,32 +1,35 @@
 """Compiled networks as one file: graph, weights, and the code that was chosen and made.
 
-The file is a zip archive: ``program.json``, ``weights.safetensors``, and for each kernel its object
-code. On another instruction set, or in another version of the generator, the code is made anew.
-Native code is loaded from the file: load only files that you trust.
+The file is a zip archive: ``program.json``, ``weights.safetensors``, and the object code of every
+kernel and step. On another instruction set, or in another version of the generator, the code is
+made anew. Native code is loaded from the file: load only files that you trust.
 """
 
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from groupconv.compiler import records
+from groupconv.compiler import records, runner
+from groupconv.compiler.graph import Graph
 from groupconv.compiler.library import Library
 from groupconv.compiler.program import Program
+from groupconv.compiler.steps import code as step_code
 from groupconv.errors import DataError
 from groupconv.files import replacing
-from groupconv.kernels import cache, kernel
-from groupconv.kernels.machine import runnable
+from groupconv.kernels import cache, jit, kernel
 from groupconv.kernels.tile import Tile
 
-_FORMAT = 1
+_FORMAT = 2
 _HEAD, _WEIGHTS = "program.json", "weights.safetensors"
 
 
@@ -36,33 +39,36 @@ def save(
     """Write programs of one library, each with the structure of what it returns.
 
     Raises:
-        DataError: an argument of a part that PyTorch runs can't be written.
+        DataError: an argument of a part that PyTorch runs can't be written, or the file can't.
     """
     tensors: dict[str, Tensor] = {}
     graphs = [
-        {
-            "graph": records.encode(program.graph, tensors),
-            "structure": pytree.treespec_dumps(structure),
-        }
+        {"graph": records.encode(program.graph, tensors), "structure": _structure(structure)}
         for program, structure in programs
     ]
     kernels = library.kernels
-    codes = [kernel.compile(made.spec, made.machine, made.tile) for made in kernels.values()]
+    codes = {
+        f"kernel {name}": kernel.compile(made.spec, made.machine, made.tile)
+        for name, made in kernels.items()
+    }
+    for symbol, step in library.steps.items():
+        codes[symbol] = step_code.object_code(step, library.machine)
+    codes[runner.name(library.machine)] = runner.object_code(library.machine)
     head = {
         "format": _FORMAT,
-        "machine": library.machine.name,
-        "generator": cache.key(),
+        "made": _maker(library),
         "programs": graphs,
-        "kernels": [
-            {"name": name, "tile": asdict(made.tile), "sha256": hashlib.sha256(code).hexdigest()}
-            for (name, made), code in zip(kernels.items(), codes, strict=True)
-        ],
+        "tiles": {name: asdict(made.tile) for name, made in kernels.items()},
+        "codes": {name: hashlib.sha256(code).hexdigest() for name, code in codes.items()},
     }
-    with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(_HEAD, json.dumps(head))
-        archive.writestr(_WEIGHTS, safetensors.torch.save(tensors))
-        for number, code in enumerate(codes):
-            archive.writestr(_code(number), code)
+    try:
+        with replacing(Path(path)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            archive.writestr(_HEAD, json.dumps(head))
+            archive.writestr(_WEIGHTS, safetensors.torch.save(tensors))
+            for number, code in enumerate(codes.values()):
+                archive.writestr(_file(number), code)
+    except OSError as error:
+        raise DataError(f"save: path={str(path)!r} can't be written: {error}") from error
 
 
 def load(path: str | Path) -> tuple[list[tuple[Program, pytree.TreeSpec]], Library]:
@@ -71,33 +77,64 @@ def load(path: str | Path) -> tuple[list[tuple[Program, pytree.TreeSpec]], Libra
     Raises:
         DataError: the file can't be read, is damaged, or of another version.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            head = json.loads(archive.read(_HEAD))
-            tensors = safetensors.torch.load(archive.read(_WEIGHTS))
-            codes = [archive.read(_code(number)) for number in range(len(head["kernels"]))]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-        raise DataError(f"load_compiled: path={str(path)!r} can't be read: {error}") from error
-    if head["format"] != _FORMAT:
-        raise DataError(
-            f"load_compiled: path={str(path)!r} has format {head['format']}, not {_FORMAT}"
-        )
-    saved = {}
-    if head["generator"] == cache.key() and head["machine"] == runnable()[0].name:
-        for entry, code in zip(head["kernels"], codes, strict=True):
-            if hashlib.sha256(code).hexdigest() != entry["sha256"]:
-                raise DataError(f"load_compiled: path={str(path)!r}: {entry['name']} is damaged")
-            saved[entry["name"]] = (Tile(**entry["tile"]), code)
-    library = Library(saved)
-    programs = [
-        (
-            Program(records.decode(entry["graph"], tensors), library),
-            pytree.treespec_loads(entry["structure"]),
-        )
+    library = Library()
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        head = json.loads(archive.read(_HEAD))
+        if head["format"] != _FORMAT:
+            raise DataError(
+                f"load_compiled: path={str(path)!r} has format {head['format']}, not {_FORMAT}"
+            )
+        graphs = _graphs(head, safetensors.torch.load(archive.read(_WEIGHTS)))
+        codes = _codes(head, archive)
+        if head["made"] == _maker(library):
+            tiles = {name: Tile(**tile) for name, tile in head["tiles"].items()}
+            library.saved = {name: (tile, codes[f"kernel {name}"]) for name, tile in tiles.items()}
+            for symbol in codes.keys() - {f"kernel {name}" for name in tiles}:
+                jit.address(codes[symbol], symbol)
+    return [(Program(graph, library), structure) for graph, structure in graphs], library
+
+
+def _graphs(
+    head: dict[str, Any], tensors: dict[str, Tensor]
+) -> list[tuple[Graph, pytree.TreeSpec]]:
+    return [
+        (records.decode(entry["graph"], tensors), pytree.treespec_loads(entry["structure"]))
         for entry in head["programs"]
     ]
-    return programs, library
 
 
-def _code(number: int) -> str:
-    return f"kernels/{number}.o"
+def _codes(head: dict[str, Any], archive: zipfile.ZipFile) -> dict[str, bytes]:
+    codes = {name: archive.read(_file(number)) for number, name in enumerate(head["codes"])}
+    for name, code in codes.items():
+        if hashlib.sha256(code).hexdigest() != head["codes"][name]:
+            raise ValueError(f"the code of {name} is damaged")
+    return codes
+
+
+def _maker(library: Library) -> str:
+    """For whom the code is, and who made it: only then does it run, and do what it should."""
+    machine = library.machine
+    return cache.key(machine, step_code.generator(), runner.emit(machine, "run"))
+
+
+def _structure(structure: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(structure)
+    except NotImplementedError as error:
+        raise DataError(f"save: what the network returns can't be written: {error}") from error
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Turns what reading a file that is not ours, or not whole, may raise into a DataError."""
+    try:
+        yield
+    except (
+        OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, NotImplementedError,
+        RuntimeError, zipfile.BadZipFile, SafetensorError,
+    ) as error:  # fmt: skip
+        raise DataError(f"load_compiled: path={str(path)!r} can't be read: {error}") from error
+
+
+def _file(number: int) -> str:
+    return f"code/{number}.o"

@@ -74,6 +74,8 @@ class Call:
 
 def empty(value: Value) -> Tensor:
     """Memory for ``value`` alone, laid out as it is; its numbers are whatever is there."""
+    if not value.shape:
+        return torch.empty((), dtype=value.dtype)
     others = [n for i, n in enumerate(value.shape) if i != value.axis]
     return torch.empty(*others, value.channels, dtype=value.dtype).movedim(-1, value.axis)
 

@@ -59,11 +59,17 @@ class Lazy:
     def then(self, view: ViewOf) -> "Lazy":
         return Lazy(self.base, (*self.chain, view), tuple(view.like.shape))
 
+    def seen(self, target: Callable[..., Any], *args: Any) -> "Lazy":
+        """Through one more view."""
+        like = target(torch.empty(self.shape, dtype=self.dtype, device="meta"), *args)
+        return self.then(ViewOf(target, args, {}, None, like))
+
     def places(self) -> Tensor:
         """For each element where it lies in the memory of the base."""
         others = [n for i, n in enumerate(self.base.shape) if i != self.base.axis]
         numbers = torch.arange(self.base.pixels * self.base.channels)
-        return self._seen(numbers.view(*others, self.base.channels).movedim(-1, self.base.axis))
+        whole = numbers.view(*others, self.base.channels).movedim(-1, self.base.axis)
+        return self.through(whole)
 
     def is_flat(self) -> bool:
         """Whether it is the base as ``(N, everything else)``, in PyTorch's order."""
@@ -71,9 +77,10 @@ class Lazy:
         if len(self.shape) != 2 or self.shape != (shape[0], math.prod(shape[1:])):
             return False
         numbers = torch.arange(math.prod(shape)).view(shape)
-        return torch.equal(self._seen(numbers), numbers.flatten(1))
+        return torch.equal(self.through(numbers), numbers.flatten(1))
 
-    def _seen(self, tensor: Tensor) -> Tensor:
+    def through(self, tensor: Tensor) -> Tensor:
+        """Another tensor seen as the base is."""
         for view in self.chain:
             tensor = view(tensor)
         return tensor
@@ -81,10 +88,10 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a chain of views amounts to.
+    """What a chain of views amounts to: a gather, and the same memory under another shape.
 
     Args:
-        order: channels that are taken, in this order; None for all as they are.
+        order: channels that are taken of each pixel, in this order; None for all as they are.
         axis: of the channels in the result.
     """
 
@@ -93,28 +100,56 @@ class Seen:
 
 
 def recognise(lazy: Lazy) -> Seen | None:
-    """The chain as a gather of channels, and the same memory under another shape; None where it is
-    anything else."""
-    if not lazy.shape or not all(lazy.shape):
+    """The chain as a gather of channels; None where it moves numbers between pixels."""
+    places, pixels, channels = lazy.places(), lazy.base.pixels, lazy.base.channels
+    if not places.ndim or not places.numel() or places.numel() % pixels:
         return None
-    places, channels = lazy.places(), lazy.base.channels
-    for axis in _axes(len(lazy.shape)):
-        rows = places.movedim(axis, -1).reshape(-1, lazy.shape[axis])
-        flat = rows.reshape(-1)
-        if len(flat) == lazy.base.pixels * channels and _counts(flat):
-            return Seen(None, axis)
-        if len(rows) == lazy.base.pixels and int(rows[0].max()) < channels:
-            steps = rows - channels * torch.arange(len(rows))[:, None]
-            if bool((steps == rows[0]).all()):
-                return Seen(tuple(rows[0].tolist()), axis)
+    starts = channels * torch.arange(pixels)[:, None]
+    for axis in _axes(places.ndim):
+        taken = places.movedim(axis, -1).reshape(pixels, -1) - starts
+        order = taken[0]
+        if int(order.max()) < channels and bool((taken == order).all()):
+            whole = torch.equal(order, torch.arange(channels))
+            return Seen(None if whole else tuple(order.tolist()), axis)
     return None
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """Some rows and columns of images; of each, rows first.
+
+    Args:
+        sides: how many are left out before and after.
+        steps: from one that is taken to the next.
+    """
+
+    sides: tuple[tuple[int, int], tuple[int, int]]
+    steps: tuple[int, int]
+
+
+def cropped(lazy: Lazy) -> Cropped | None:
+    """The chain as rows and columns of ``(N, C, H, W)``; None where it is anything else."""
+    shape = lazy.base.shape
+    if len(shape) != 4 or len(lazy.shape) != 4 or lazy.shape[:2] != shape[:2]:
+        return None
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    taken = lazy.through(numbers)
+    first = divmod(int(taken[0, 0, 0, 0]), shape[3])
+    sides, steps = [], []
+    for axis, start in enumerate(first, 2):
+        count = taken.shape[axis]
+        second = taken.select(axis, min(1, count - 1))[0, 0, 0]
+        step = max(1, int(second - taken[0, 0, 0, 0]) // (shape[3] if axis == 2 else 1))
+        last = start + step * (count - 1)
+        sides.append((start, shape[axis] - 1 - last))
+        steps.append(step)
+        numbers = numbers.narrow(axis, start, min(shape[axis], last + 1) - start)
+    if not torch.equal(taken, numbers[:, :, :: steps[0], :: steps[1]]):
+        return None
+    return Cropped((sides[0], sides[1]), (steps[0], steps[1]))
 
 
 def _axes(dims: int) -> list[int]:
     """Where channels may be, the likeliest first."""
     likely = [1, dims - 1] if dims == 4 else [dims - 1, 1]
     return [axis for axis in dict.fromkeys(likely) if axis < dims]
-
-
-def _counts(numbers: Tensor) -> bool:
-    return torch.equal(numbers, torch.arange(len(numbers)))

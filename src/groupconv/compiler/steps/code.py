@@ -16,7 +16,7 @@ def name(step: Step, machine: Machine) -> str:
 
 def object_code(step: Step, machine: Machine) -> bytes:
     """The object file that holds :func:`name`, from the cache or compiled now."""
-    key = cache.key("step", _generator(), step, machine)
+    key = cache.key("step", generator(), step, machine)
     code = cache.read(key)
     if code is None:
         code = jit.compile_object(step.write(machine, name(step, machine)), machine)
@@ -33,12 +33,12 @@ def function(step: Step, machine: Machine | None = None) -> int:
     # By its name: in Python 1 and 1.0 are equal, but a number in an expression is not an operand.
     symbol = name(step, machine)
     if symbol not in _addresses:
-        _addresses[symbol] = jit.address(object_code(step, machine), symbol)
+        _addresses[symbol] = jit.known(symbol) or jit.address(object_code(step, machine), symbol)
     return _addresses[symbol]
 
 
 @functools.cache
-def _generator() -> str:
+def generator() -> str:
     """Names the code of this package that has a part in what is generated."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
