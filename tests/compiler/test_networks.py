@@ -43,8 +43,8 @@ def realistic(net: nn.Module, size: int) -> nn.Module:
         norm.momentum = None
         norm.reset_running_stats()
         norm.train()
-    for seed in range(2):
-        net(smooth(4, size, size, seed=10 + seed))
+    for seed in range(4):
+        net(smooth(8, size, size, seed=10 + seed))
     return net.eval().requires_grad_(False)
 
 
@@ -98,16 +98,14 @@ def test_network(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_at_two_sizes(name: str, batch: int, last: bool) -> None:
+def test_networks_at_two_sizes(name: str) -> None:
     smallest = NETWORKS[name][1]
-    compiled = native(name, (batch, smallest, smallest), (batch, 2 * smallest, 3 * smallest))
-    if last:
-        x = smooth(batch, smallest, smallest)
-        ours = compiled(x.to(memory_format=torch.channels_last))
-        assert (ours - compiled(x)).abs().max() <= 1e-4 * ours.abs().max()
+    sizes = ((smallest, smallest), (2 * smallest, 3 * smallest))
+    compiled = native(name, *((batch, *size) for batch in (1, 2, 5) for size in sizes))
+    x = smooth(2, smallest, smallest)
+    ours = compiled(x.to(memory_format=torch.channels_last))
+    assert (ours - compiled(x)).abs().max() <= 1e-4 * ours.abs().max()
 
 
 @pytest.mark.slow
@@ -126,13 +124,3 @@ def test_networks_at_odd_sizes(name: str) -> None:
         usable.append((1, *size))
     assert usable
     native(name, *usable)
-
-
-# CNNs of timm and torchvision, each with what PyTorch runs of it: a pattern of the reasons.
-ZOO: dict[str, str] = {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
-def test_zoo(name: str) -> None:
-    """They compile or report their cuts, and agree with eager PyTorch."""

@@ -242,6 +242,13 @@ def test_random_chains(chain: Any) -> None:
     check_chain(chain)
 
 
+def test_channels_become_rows() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return (2 * x).select(3, 0)[:, 2:3].permute(2, 1, 0).unsqueeze(0) + 1
+
+    agree(Function(forward), numbers(1, 3, 3, 1))
+
+
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None, suppress_health_check=_slow)
 @given(chains())

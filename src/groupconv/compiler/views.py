@@ -135,6 +135,9 @@ def cropped(lazy: Lazy) -> Cropped | None:
     numbers = torch.arange(math.prod(shape)).view(shape)
     taken = lazy.through(numbers)
     first = divmod(int(taken[0, 0, 0, 0]), shape[3])
+    if first[0] >= shape[2]:
+        # Another channel comes first.
+        return None
     sides, steps = [], []
     for axis, start in enumerate(first, 2):
         count = taken.shape[axis]
