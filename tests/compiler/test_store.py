@@ -213,9 +213,9 @@ def test_elsewhere_the_code_is_made_anew(
     made: list[str] = []
     tuned = tuning.tuned
 
-    def count(*args: Any) -> Any:
+    def count(*args: Any, **options: Any) -> Any:
         made.append(str(args[0]))
-        return tuned(*args)
+        return tuned(*args, **options)
 
     def spoil(members: dict[str, bytes]) -> None:
         """Code that would not run here, and must not be loaded."""

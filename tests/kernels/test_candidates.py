@@ -156,6 +156,18 @@ def test_wide_vectors_that_would_be_part_empty_meet_narrow_ones(
     assert not any(tile.narrow for tile in candidates(spec, machine("avx2")))
 
 
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"),
+    # Of 64 places for lines of memory, pixels of 512 bytes meet eight, pixels of 576 all.
+    [(128, 56, True), (144, 56, False), (128, 16, False), (1024, 7, True), (960, 7, False)],
+)
+def test_pixels_that_push_each_other_out_meet_small_tiles(
+    channels: int, width: int, expected: bool
+) -> None:
+    found = candidates(_layer(channels, channels, channels, 3, (width, width)), machine("avx512"))
+    assert ((found[0].pixels, found[0].vectors, found[0].lines) == (2, 4, 2)) == expected
+
+
 def test_tiles_that_differ_in_the_order_share_their_code() -> None:
     found = candidates(LAYERS[4], machine("avx2"))
     assert len({tile.code for tile in found}) < len(found)

@@ -37,7 +37,7 @@ SPECS = {
 @pytest.fixture(autouse=True)
 def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many threads as are asked for, however small the work; those of before afterwards."""
-    monkeypatch.setattr(kernel, "_WORTH_SHARING", 0)
+    monkeypatch.setattr(kernel, "WORTH_SHARING", 0)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -112,7 +112,7 @@ def test_threads_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert asked() == threads
-    monkeypatch.setattr(kernel, "_WORTH_SHARING", 1e9)
+    monkeypatch.setattr(kernel, "WORTH_SHARING", 1e9)
     assert asked() == 1
 
 

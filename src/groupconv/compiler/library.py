@@ -15,6 +15,8 @@ from groupconv.kernels.machine import Machine, runnable
 from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.tile import Tile
 
+# Seconds of work below which threads that wait for it already are not worth asking.
+WORTH_SHARING = 3e-6
 # Packed weights by what is in them: programs of one network, for other sizes or in other copies of
 # it, have them once.
 _packed: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
@@ -45,7 +47,7 @@ class Library:
         if name not in self.kernels:
             found = self.saved.get(name)
             if found is None:
-                self.kernels[name] = tuning.tuned(spec, images)
+                self.kernels[name] = tuning.tuned(spec, images, worth_sharing=WORTH_SHARING)
             else:
                 self.kernels[name] = kernel.load(spec, self.machine, *found)
         return self.kernels[name]

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from groupconv.compiler.graph import Graph, Input, Value
+from groupconv.compiler.library import WORTH_SHARING
 from groupconv.compiler.memory import Memory, Storage
 from groupconv.compiler.runner import STEP, runner
 from groupconv.compiler.task import Call, Task, empty, view
 from groupconv.kernels import openmp
-
-# Seconds of work below which the other threads are not worth asking.
-_WORTH_SHARING = 3e-6
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Session:
                     self._moving.setdefault(moving, []).append((int(slot), item.offset))
                 else:
                     self.records[slot] = self._memory(item.storage).data_ptr() + item.offset
-        shared = [task.seconds > _WORTH_SHARING for task in self.tasks]
+        shared = [task.seconds >= WORTH_SHARING for task in self.tasks]
         following = [*shared[1:], False]
         base = self.records.ctypes.data
         self.steps = np.array(

@@ -26,6 +26,8 @@ _LITTLE = 18
 _WIDE, _EMPTY = 16, 0.05
 # Values in a line of memory, and input channels of a group that are asked for ahead, at most.
 _LINE, _NARROW = 16, 64
+# Of the nearest cache: lines in one place, and bytes after which places repeat.
+_WAYS, _PAGE = 8, 4096
 
 
 def candidates(
@@ -51,7 +53,12 @@ def candidates(
 def _kinds(spec: KernelSpec, machine: Machine, far: bool, shared: bool) -> list[list[Tile]]:
     """Tiles, each in a few orders; the best guess first."""
     found = [_orders(spec, machine, tile, shared) for tile in _ranked(spec, machine)]
-    if far and not spec.staged and spec.conv.in_channels // spec.conv.groups <= _NARROW:
+    if spec.staged or spec.conv.in_channels // spec.conv.groups > _NARROW:
+        return found
+    if _crowded(spec):
+        small = [_orders(spec, machine, tile, shared)[:2] for tile in _small(spec, machine)]
+        found = _in_turn(small, found)
+    if far:
         ahead = [[replace(tile, ahead=True) for tile in orders[:1]] for orders in found]
         in_memory_order = [
             _orders(spec, machine, tile, shared)[:1] for tile in _in_memory_order(spec, machine)
@@ -99,22 +106,42 @@ def _ranked(spec: KernelSpec, machine: Machine) -> list[Tile]:
 
 def _in_memory_order(spec: KernelSpec, machine: Machine) -> list[Tile]:
     """Tiles that read all channels of one or two pixels of a few rows, then of the next ones: what
-    comes from far away comes fastest in the order of memory, a line or two at a time. For layers
-    with little arithmetic, as they reuse little of what they loaded."""
-    if math.prod(spec.conv.weight_shape[1:]) > _LITTLE:
-        return []
+    comes from far away comes fastest in the order of memory, a line or two at a time."""
     line = max(1, _LINE // machine.lanes)
-    height = spec.conv.output_size[0]
     shapes = [(2, line, 2, True)]
     if spec.conv.groups == spec.conv.in_channels:
         shapes = [(1, line, 2, True), (1, 2 * line, 2, False), *shapes, (1, line, 4, False)]
+    return _tiles(spec, machine, shapes)
+
+
+def _small(spec: KernelSpec, machine: Machine) -> list[Tile]:
+    """Tiles of few pixels, which have used what they loaded before it is pushed out."""
+    shapes = [(2, 4, 2, False), (2, 1, 4, False), (2, 2, 2, False), (4, 2, 2, False)]
+    return _tiles(spec, machine, shapes)
+
+
+def _tiles(
+    spec: KernelSpec, machine: Machine, shapes: list[tuple[int, int, int, bool]]
+) -> list[Tile]:
+    """Those of (pixels, vectors, lines, ahead) that fit into the registers. None for layers with
+    much arithmetic: these should reuse what they loaded."""
+    if math.prod(spec.conv.weight_shape[1:]) > _LITTLE:
+        return []
     found = []
     for pixels, vectors, lines, ahead in shapes:
         size = max(len(b.vectors) for b in blocks(spec.conv, machine.lanes, vectors))
-        lines = min(lines, height)
+        lines = min(lines, spec.conv.output_size[0])
         if (pixels + 1) * size * lines + SPARE <= machine.registers:
             found.append(Tile(pixels, size, lines, 1, lines=lines, ahead=ahead))
     return found
+
+
+def _crowded(spec: KernelSpec) -> bool:
+    """Whether one vector of channels of all pixels that a row of outputs reads meets so few places
+    of the nearest cache that they push each other out: where pixels lie 512 bytes apart, eight."""
+    conv = spec.conv
+    places = _WAYS * _PAGE // math.gcd(_PAGE, 4 * spec.input_stride)
+    return conv.kernel_size[0] * conv.input_size[1] > places
 
 
 def _code(spec: KernelSpec, block: Block, pixels: int, lines: int) -> int:

@@ -14,7 +14,7 @@ from groupconv.kernels.spec import KernelSpec
 from groupconv.kernels.tile import Tile
 
 # Seconds of work below which waking other threads costs more than they save.
-_WORTH_SHARING = 15e-6
+WORTH_SHARING = 15e-6
 # Guesses of what one thread does in a second: multiply-adds per lane, bytes near the core.
 _MACS, _BYTES = 5e9, 1e11
 
@@ -28,7 +28,7 @@ class Kernel:
         work: address of what each thread of it runs, ``void work(record, thread, threads)``, where
             record points at ``module.RECORD``, and thread is below threads.
         buffer: float32 values that each thread needs for staging.
-        seconds: a guess of the time of one image on one thread.
+        seconds: see :func:`guess`.
     """
 
     spec: KernelSpec
@@ -96,7 +96,7 @@ class Kernel:
                 the same pixel.
         """
         threads, images = openmp.threads(), x.shape[0]
-        if threads > 1 and self.seconds * images < _WORTH_SHARING:
+        if threads > 1 and self.seconds * images < WORTH_SHARING:
             threads = 1
         buffer = _buffer(threads * self.buffer) if self.buffer else None
         pool = openmp.pool()
@@ -143,15 +143,19 @@ def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     """The kernel of an object file that :func:`compile` made."""
     assert tile.rows % tile.lines == 0
     assert tile.blocks == 1 or not spec.staged
-    conv = spec.conv
-    elements = conv.in_channels * conv.input_size[0] * conv.input_size[1]
-    elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
-    seconds = conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
     buffer = module.buffer_size(spec, machine, tile)
     name = _name(spec, machine, tile)
     function = jit.load(code, name, module.PROTOTYPE)
     work = jit.address(code, module.work_name(name))
-    return Kernel(spec, machine, tile, function, work, buffer, seconds)
+    return Kernel(spec, machine, tile, function, work, buffer, guess(spec, machine))
+
+
+def guess(spec: KernelSpec, machine: Machine) -> float:
+    """Of the seconds of one image on one thread."""
+    conv = spec.conv
+    elements = conv.in_channels * conv.input_size[0] * conv.input_size[1]
+    elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
+    return conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES
 
 
 def _name(spec: KernelSpec, machine: Machine, tile: Tile) -> str:

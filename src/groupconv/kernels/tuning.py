@@ -28,6 +28,9 @@ _BUDGET = 0.25
 _SHORT = 2e-3
 # Ratio of two times below which they are the same.
 _NOISE = 1.02
+# What is asked for ahead counts as this much faster: here nobody else uses the caches that all
+# cores share, and asking shows its worth when somebody does.
+_AHEAD = 1.1
 # Bytes of input and output that the caches near the core hold between layers, and those that no
 # cache holds from one call to the next.
 _NEAR, _FAR = 2**22, 2**24
@@ -38,15 +41,24 @@ def tuning() -> bool:
     return os.environ.get("GROUPCONV_TUNE", "1") != "0"
 
 
-def tuned(spec: KernelSpec, images: int = 1, machine: Machine | None = None) -> Kernel:
+def tuned(
+    spec: KernelSpec,
+    images: int = 1,
+    machine: Machine | None = None,
+    worth_sharing: float | None = None,
+) -> Kernel:
     """The kernel for ``spec``: from this process, from the code cache, or made now.
 
     Args:
         images: about how many images it will be called with.
+        worth_sharing: seconds of work from which threads share it; by default those of a kernel
+            that is called alone.
     """
     machine = machine or runnable()[0]
+    least = kernel.WORTH_SHARING if worth_sharing is None else worth_sharing
+    shared = openmp.threads() > 1 and images * kernel.guess(spec, machine) >= least
     distance = sum(images * _bytes(spec) > held for held in (_NEAR, _FAR))
-    key = (spec, machine, tuning(), distance, openmp.threads() > 1)
+    key = (spec, machine, tuning(), distance, shared)
     with _lock:
         if key not in _known:
             # An empty batch would time nothing, and what it chose would be kept for all others.
@@ -132,7 +144,7 @@ def _measure(
         calls[str(tile)] = run
     left = max(0.0, _BUDGET - (time.perf_counter() - begun))
     times = interleave(calls, seconds=left, min_runs=2, max_runs=60)
-    firsts = [times[str(made.tile)].q1 for made in kernels]
+    firsts = [times[str(made.tile)].q1 / (_AHEAD if made.tile.ahead else 1) for made in kernels]
     # What looked better on paper wins where the clock can't tell.
     best = next(i for i, q1 in enumerate(firsts) if q1 <= _NOISE * min(firsts))
     return codes[kernels[best].tile.code], kernels[best]
