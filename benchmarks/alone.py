@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import zoo
 from benchmarks.engine import Ready
-from benchmarks.network_peers import ENGINES, Source
+from benchmarks.network_peers import ENGINES, FROM_FILE, OURS_FROM_FILE, Source
 
 _PASSES = 3
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -75,9 +75,10 @@ def measure(
 
 
 def _build(engine: str, source: Source, threads: int) -> tuple[Ready, float]:
-    getattr(source, ENGINES[engine].form)
+    found = FROM_FILE if engine == OURS_FROM_FILE else ENGINES[engine]
+    getattr(source, found.form)
     start = time.perf_counter()
-    ready = ENGINES[engine].prepare(source, threads)
+    ready = found.prepare(source, threads)
     if isinstance(ready, str):
         raise RuntimeError(ready)
     ready.run()

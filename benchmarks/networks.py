@@ -3,7 +3,9 @@
 Every engine's result is held against eager PyTorch first, and only then are all of them timed in
 turn, in the same run, with the same number of threads. Then each engine runs each network in a
 process of its own, which tells how long it takes to build and what memory it needs. Ours is built
-there with an empty code cache (cold), and once more in a new process (warm).
+there with an empty code cache (cold), once more in a new process (warm), and in a third one it is
+loaded from the file that was saved. That one's memory is compared with that of the other engines,
+all of which have the network from a file, but for those that run PyTorch's module.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from rich.console import Console
 from benchmarks import zoo
 from benchmarks.alone import measure
 from benchmarks.engine import Ready, time_in_turn, wrong
-from benchmarks.network_peers import ENGINES, LIBRARIES, OURS, Source
+from benchmarks.network_peers import ENGINES, LIBRARIES, OURS, OURS_FROM_FILE, Source
 from benchmarks.networks_report import print_tables, summarize
 from benchmarks.provenance import commit, versions
 from groupconv.timing import Timing, machine
@@ -46,7 +48,7 @@ class Record:
         refused: engine to the reason why it has no time.
         ratio: time of the best peer over ours; above 1, ours is faster.
         builds: engine to the seconds from the module or file to the end of the first pass, in a
-            process of its own; of ours, with a warm cache.
+            process of its own; of ours, with a warm cache, and from its own file.
         cold_build: of ours with an empty cache.
         memory: engine to the bytes it holds at most beyond the weights; see
             :mod:`benchmarks.alone`.
@@ -113,16 +115,21 @@ def apart(record: Record, *, threads: int, folder: Path) -> Record:
     builds: dict[str, float] = {}
     memory: dict[str, int] = {}
     cold = None
-    with tempfile.TemporaryDirectory(prefix="groupconv-cache-") as cache:
-        for name in record.times:
-            places = {"batch": record.batch, "threads": threads, "folder": folder}
-            if name == OURS:
-                places["cache"] = Path(cache)
-                cold = measure(name, record.network, **places).build
-            found = measure(name, record.network, **places)
-            builds[name] = found.build
-            if found.memory is not None:
-                memory[name] = found.memory - record.weights
+    places = {"batch": record.batch, "threads": threads, "folder": folder}
+    names = list(record.times)
+    if OURS in names:
+        with tempfile.TemporaryDirectory(prefix="groupconv-cache-") as cache:
+            cold, builds[OURS] = (
+                measure(OURS, record.network, **places, cache=Path(cache)).build for _ in range(2)
+            )
+        # Here, and not in the process that is measured.
+        _ = Source(record.network, record.batch, folder).compiled
+        names[names.index(OURS)] = OURS_FROM_FILE
+    for name in names:
+        found = measure(name, record.network, **places)
+        builds[name] = found.build
+        if found.memory is not None:
+            memory[name] = found.memory - record.weights
     return dataclasses.replace(record, builds=builds, cold_build=cold, memory=memory)
 
 

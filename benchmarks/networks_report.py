@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import zoo
-from benchmarks.network_peers import OURS
+from benchmarks.network_peers import OURS, OURS_FROM_FILE
 
 if TYPE_CHECKING:
     from benchmarks.networks import Record
@@ -79,7 +79,9 @@ def _print(
 ) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("network", no_wrap=True)
-    columns = [name for name in (*engines, _COLD) if any(name in cells(r) for r in records)]
+    columns = [
+        name for name in (*engines, _COLD, OURS_FROM_FILE) if any(name in cells(r) for r in records)
+    ]
     for name in columns:
         table.add_column(name, justify="right")
     for record in records:

@@ -39,8 +39,8 @@ ORDER = {
         "operators", "capture",
         "expression", "weights", "maps", "constants", "fold", "fuse", "reorder", "gather",
         "dissolve", "layout", "padding", "tidy", "passes",
-        "steps", "memory", "library", "task", "convolve", "lower", "runner", "session", "program",
-        "algorithms", "profile", "records", "store", "watch", "compiled", "backend",
+        "steps", "memory", "library", "packed", "task", "convolve", "lower", "runner", "session",
+        "program", "algorithms", "profile", "records", "store", "watch", "compiled", "backend",
     ],
     "compiler/steps": [
         "step", "code", "entry", "channels", "window", "pool", "adaptive", "copy", "row",

@@ -265,12 +265,12 @@ def test_one_number_that_changed_is_seen() -> None:
 
 
 def weights(compiled: Compiled) -> dict[str, set[int]]:
-    """Addresses of what each convolution reads beside values."""
+    """Addresses of the packed weights of each convolution."""
     found: dict[str, set[int]] = {}
     for program, _ in compiled.programs.values():
         for step in program.steps:
-            if isinstance(step, Task) and step.kind.startswith("convolution"):
-                found.setdefault(step.name, set()).add(step.keep[0].data_ptr())
+            if isinstance(step, Task) and step.packed is not None:
+                found.setdefault(step.name, set()).add(step.packed.tensor.data_ptr())
     return found
 
 

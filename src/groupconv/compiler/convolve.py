@@ -10,6 +10,7 @@ from torch import Tensor
 from groupconv.compiler.graph import Convolution, Node, Products, Value
 from groupconv.compiler.library import Library, shared
 from groupconv.compiler.memory import Place
+from groupconv.compiler.packed import Packed
 from groupconv.compiler.task import Pointer, Task
 from groupconv.kernels import module
 from groupconv.kernels.parts import Part, parts
@@ -40,7 +41,9 @@ def convolve(
     assert not whole.sparse
     order = None if operator.order is None else torch.tensor(operator.order)
     for part in whole.parts:
-        yield _task(node, operator, part, (source, residual, target), order, library)
+        kernel = library.kernel(part.spec, operator.conv.batch)
+        packed = Packed(shared(kernel.pack(part.weight(operator.weight))), kernel, part)
+        yield _task(node, operator, packed, (source, residual, target), order)
 
 
 def multiply(
@@ -54,31 +57,30 @@ def multiply(
     )
     (part,) = parts(conv).parts
     part = replace(part, spec=replace(part.spec, chain=operator.chain))
+    kernel = library.kernel(part.spec, conv.batch)
     for number in range(count):
         matrix = Convolution(conv, operator.weight[number][:, :, None, None])
+        packed = Packed(shared(kernel.pack(matrix.weight)), kernel, part, number)
         source, target = (
             replace(places[v], channel=places[v].channel + number * rows * v.channels)
             for v in (x, y)
         )
-        yield _task(node, matrix, part, (source, None, target), None, library)
+        yield _task(node, matrix, packed, (source, None, target), None)
 
 
 def _task(
     node: Node,
     operator: Convolution,
-    part: Part,
+    packed: Packed,
     places: tuple[Place, Place | None, Place],
     order: Tensor | None,
-    library: Library,
 ) -> Task:
     source, residual, target = places
-    images = operator.conv.batch
-    kernel = library.kernel(part.spec, images)
-    weight = shared(kernel.pack(part.weight(operator.weight)))
+    kernel, part, images = packed.kernel, packed.part, operator.conv.batch
     bias = None if operator.bias is None else operator.bias.contiguous()
     arguments: dict[str, int | Pointer] = {
         "x": Pointer.to(source),
-        "w": weight.data_ptr(),
+        "w": packed.tensor.data_ptr(),
         "bias": 0 if bias is None else bias.data_ptr(),
         "residual": Pointer.to(residual, part.residual_offset) if residual else 0,
         "order": 0 if order is None else order.data_ptr(),
@@ -97,10 +99,11 @@ def _task(
         record=tuple(arguments[name] for name in module.RECORD),
         seconds=kernel.seconds * images,
         macs=images * conv.macs,
-        bytes=4 * (images * _elements(part) + weight.numel()),
+        bytes=4 * (images * _elements(part) + packed.tensor.numel()),
         output=node.output,
         scratch=4 * kernel.buffer,
-        keep=tuple(t for t in (weight, bias, order) if t is not None),
+        packed=packed,
+        keep=tuple(t for t in (bias, order) if t is not None),
     )
 
 

@@ -1,6 +1,6 @@
 """Program: an optimized graph with its places, its steps, and sessions to run it in."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from groupconv.compiler import lower, memory
-from groupconv.compiler.graph import Graph, Value
+from groupconv.compiler.graph import Convolution, Graph, Node, Products, Value
 from groupconv.compiler.library import Library
+from groupconv.compiler.packed import Packed
 from groupconv.compiler.session import Session
 from groupconv.compiler.task import Task, empty
 from groupconv.kernels import openmp
@@ -17,6 +18,9 @@ from groupconv.kernels import openmp
 
 class Program:
     """Runs a graph on inputs of its own sizes. Safe to call from several threads at once.
+
+    Its ``graph`` keeps of the weights of convolutions only their shapes, as tensors on the meta
+    device: kernels have them in an order of their own.
 
     Args:
         graph: after all passes.
@@ -26,10 +30,11 @@ class Program:
     def __init__(self, graph: Graph, library: Library) -> None:
         # In memory as native code finds values there.
         constants = {value: empty(value).copy_(t) for value, t in graph.constants.items()}
-        self.graph = graph = replace(graph, constants=constants)
+        graph = replace(graph, constants=constants)
         self.library = library
         self.memory = memory.plan(graph)
         self.steps = lower.lower(graph, self.memory, library)
+        self.graph = replace(graph, nodes=[_without_weight(node) for node in graph.nodes])
         # Sessions that no call uses now; taking and giving back are atomic.
         self._free: deque[Session] = deque()
 
@@ -48,9 +53,18 @@ class Program:
             id(tensor): tensor.nbytes
             for step in self.steps
             if isinstance(step, Task)
-            for tensor in step.keep
+            for tensor in step.tensors
         }
         return sum(kept.values())
+
+    def graph_with_weights(self) -> Graph:
+        """The graph, its weights unpacked. Those that no output depends on are 0."""
+        packed: dict[Value, list[Packed]] = defaultdict(list)
+        for step in self.steps:
+            if isinstance(step, Task) and step.packed is not None:
+                packed[step.output].append(step.packed)
+        nodes = [_with_weight(node, packed[node.output]) for node in self.graph.nodes]
+        return replace(self.graph, nodes=nodes)
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs of its sizes: random numbers, or zeros where they are integers."""
@@ -71,6 +85,22 @@ class Program:
         with torch.inference_mode(False):
             arena = torch.empty(self.memory.arena // 4)
             return Session(self.graph, self.memory, self.steps, threads, arena)
+
+
+def _without_weight(node: Node) -> Node:
+    if not isinstance(node.operator, Convolution | Products):
+        return node
+    shape = node.operator.weight.to("meta")
+    return replace(node, operator=replace(node.operator, weight=shape))
+
+
+def _with_weight(node: Node, packed: list[Packed]) -> Node:
+    if not isinstance(node.operator, Convolution | Products):
+        return node
+    weight = torch.zeros(node.operator.weight.shape)
+    for part in packed:
+        part.unpack(weight)
+    return replace(node, operator=replace(node.operator, weight=weight))
 
 
 def _example(value: Value) -> Tensor:

@@ -43,7 +43,10 @@ def save(
     """
     tensors: dict[str, Tensor] = {}
     graphs = [
-        {"graph": records.encode(program.graph, tensors), "structure": _structure(structure)}
+        {
+            "graph": records.encode(program.graph_with_weights(), tensors),
+            "structure": _structure(structure),
+        }
         for program, structure in programs
     ]
     kernels = library.kernels

@@ -1,12 +1,13 @@
 """What a program is made of: pieces of native work with their records, and calls of PyTorch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from groupconv.compiler.graph import Host, Value
 from groupconv.compiler.memory import Place, Storage
+from groupconv.compiler.packed import Packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,9 @@ class Task:
         macs: multiply-adds.
         bytes: read and written, at least.
         scratch: bytes that each thread needs for itself.
-        keep: tensors whose addresses are in the record.
         output: what it computes, or a part of it.
+        packed: the weights whose address is in the record.
+        keep: other tensors whose addresses are.
     """
 
     name: str
@@ -53,7 +55,13 @@ class Task:
     bytes: int
     output: Value
     scratch: int = 0
-    keep: tuple[Tensor, ...] = field(default=())
+    packed: Packed | None = None
+    keep: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it reads beside values."""
+        return self.keep if self.packed is None else (self.packed.tensor, *self.keep)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,37 @@
+"""Weights in the order in which kernels read them: the only form in which programs keep them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from groupconv.kernels.kernel import Kernel
+from groupconv.kernels.parts import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The weights that one kernel reads.
+
+    Args:
+        tensor: what ``kernel.pack`` returned.
+        kernel: which kernel.
+        part: what it computes of its convolution.
+        matrix: which matrix of a :class:`groupconv.compiler.graph.Products` they are; None for a
+            part of a convolution.
+    """
+
+    tensor: Tensor
+    kernel: Kernel
+    part: Part
+    matrix: int | None = None
+
+    def unpack(self, weight: Tensor) -> None:
+        """Write them where they belong in ``weight``, that of the whole operator."""
+        if self.matrix is not None:
+            weight = weight[self.matrix][:, :, None, None]
+        # Every weight by its number, and 0 where the kernel reads none, packed in the same way.
+        numbers = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
+        places = self.kernel.pack(self.part.weight(numbers))
+        used = places > 0
+        weight.view(-1)[places[used] - 1] = self.tensor[used]
