@@ -176,7 +176,7 @@ def test_one_thread_and_several_have_tiles_of_their_own(fresh: Path, target: Mac
             made.append(tuning.tuned(LARGE, 1, target))
             # Not worth sharing, unless the other threads wait for it already.
             made.append(tuning.tuned(SMALL, 1, target))
-            made.append(tuning.tuned(SMALL, 1, target, worth_sharing=1e-6))
+            made.append(tuning.tuned(SMALL, 1, target, worth_sharing=1e-9))
     finally:
         torch.set_num_threads(before)
     for alone, shared in zip(made[:3:2], made[3::2], strict=True):

@@ -18,9 +18,9 @@ from groupconv.kernels.spec import ConvSpec
 
 
 def convolve(
-    node: Node, operator: Convolution, places: dict[Value, Place], library: Library
+    node: Node, operator: Convolution, places: dict[Value, Place], library: Library, alone: bool
 ) -> Iterator[Task]:
-    """One task for each kernel that the convolution needs."""
+    """One task for each kernel that the convolution needs; ``alone`` as in ``Library.kernel``."""
     x, *added = node.inputs
     source, target = places[x], places[node.output]
     residual = places[added[0]] if added else None
@@ -41,13 +41,13 @@ def convolve(
     assert not whole.sparse
     order = None if operator.order is None else torch.tensor(operator.order)
     for part in whole.parts:
-        kernel = library.kernel(part.spec, operator.conv.batch)
+        kernel = library.kernel(part.spec, operator.conv.batch, alone=alone)
         packed = Packed(shared(kernel.pack(part.weight(operator.weight))), kernel, part)
         yield _task(node, operator, packed, (source, residual, target), order)
 
 
 def multiply(
-    node: Node, operator: Products, places: dict[Value, Place], library: Library
+    node: Node, operator: Products, places: dict[Value, Place], library: Library, alone: bool
 ) -> Iterator[Task]:
     """A task for each matrix: all are kernels of one pixel on an image of one row."""
     (x,), y = node.inputs, node.output
@@ -57,7 +57,7 @@ def multiply(
     )
     (part,) = parts(conv).parts
     part = replace(part, spec=replace(part.spec, chain=operator.chain))
-    kernel = library.kernel(part.spec, conv.batch)
+    kernel = library.kernel(part.spec, conv.batch, alone=alone)
     for number in range(count):
         matrix = Convolution(conv, operator.weight[number][:, :, None, None])
         packed = Packed(shared(kernel.pack(matrix.weight)), kernel, part, number)

@@ -1,6 +1,7 @@
 """Library: the native code that programs are made of, and their weights as it reads them."""
 
 import hashlib
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,13 +42,18 @@ class Library:
     def machine(self) -> Machine:
         return runnable()[0]
 
-    def kernel(self, spec: KernelSpec, images: int) -> Kernel:
-        """The kernel of a convolution on so many images."""
-        name = f"{images} {spec}"
+    def kernel(self, spec: KernelSpec, images: int, *, alone: bool = False) -> Kernel:
+        """The kernel of a convolution on so many images.
+
+        Args:
+            alone: whether one thread runs it, however many there are.
+        """
+        name = f"{images} {spec}{' alone' if alone else ''}"
+        least = math.inf if alone else WORTH_SHARING
         if name not in self.kernels:
             found = self.saved.get(name)
             if found is None:
-                self.kernels[name] = tuning.tuned(spec, images, worth_sharing=WORTH_SHARING)
+                self.kernels[name] = tuning.tuned(spec, images, worth_sharing=least)
             else:
                 self.kernels[name] = kernel.load(spec, self.machine, *found)
         return self.kernels[name]

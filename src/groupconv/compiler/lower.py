@@ -46,29 +46,33 @@ from groupconv.compiler.steps.upsample import UpsampleStep
 from groupconv.compiler.task import Call, Pointer, Task
 
 # A guess of the bytes that one thread reads and writes in a second.
-_BYTES = 2e10
+BYTES = 2e10
 
 
-def lower(graph: Graph, memory: Memory, library: Library) -> list[Task | Call]:
-    """The steps that compute ``graph``, in order."""
-    lowering = _Lowering(memory, library)
+def lower(graph: Graph, memory: Memory, library: Library, alone: bool = False) -> list[Task | Call]:
+    """The steps that compute ``graph``, in order.
+
+    Args:
+        alone: whether one thread runs all of them, however many there are.
+    """
+    lowering = _Lowering(memory, library, alone)
     return [step for node in graph.nodes for step in lowering.steps(node)]
 
 
 class _Lowering:
     """Makes the steps of one node after another."""
 
-    def __init__(self, memory: Memory, library: Library) -> None:
-        self.places, self.library = memory.places, library
+    def __init__(self, memory: Memory, library: Library, alone: bool) -> None:
+        self.places, self.library, self.alone = memory.places, library, alone
 
     def steps(self, node: Node) -> Iterator[Task | Call]:
         match node.operator:
             case Host() as operator:
                 yield Call(node.name, operator, node.inputs, node.output)
             case Convolution() as operator:
-                yield from convolve(node, operator, self.places, self.library)
+                yield from convolve(node, operator, self.places, self.library, self.alone)
             case Products() as operator:
-                yield from multiply(node, operator, self.places, self.library)
+                yield from multiply(node, operator, self.places, self.library, self.alone)
             case Concat():
                 yield from self._concatenation(node)
             case View():
@@ -210,7 +214,7 @@ class _Lowering:
             kind=type(step).__name__.removesuffix("Step").lower(),
             function=self.library.function(step),
             record=record,
-            seconds=size / _BYTES,
+            seconds=size / BYTES,
             macs=0,
             bytes=size,
             output=node.output,

@@ -1,5 +1,6 @@
 """Program: an optimized graph with its places, its steps, and sessions to run it in."""
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,12 +9,16 @@ import torch
 from torch import Tensor
 
 from groupconv.compiler import lower, memory
-from groupconv.compiler.graph import Convolution, Graph, Node, Products, Value
+from groupconv.compiler.graph import Convolution, Graph, Host, Node, Products, Value
 from groupconv.compiler.library import Library
 from groupconv.compiler.packed import Packed
 from groupconv.compiler.session import Session
 from groupconv.compiler.task import Task, empty
-from groupconv.kernels import openmp
+from groupconv.kernels import kernel, openmp
+from groupconv.kernels.machine import Machine
+
+# Seconds of work, all steps together, below which waking other threads costs more than they save.
+_WORTH_WAKING = 20e-6
 
 
 class Program:
@@ -33,7 +38,8 @@ class Program:
         graph = replace(graph, constants=constants)
         self.library = library
         self.memory = memory.plan(graph)
-        self.steps = lower.lower(graph, self.memory, library)
+        self.alone = _guess(graph, library.machine) < _WORTH_WAKING
+        self.steps = lower.lower(graph, self.memory, library, self.alone)
         self.graph = replace(graph, nodes=[_without_weight(node) for node in graph.nodes])
         # Sessions that no call uses now; taking and giving back are atomic.
         self._free: deque[Session] = deque()
@@ -72,7 +78,7 @@ class Program:
 
     def session(self) -> Session:
         """One that nobody else uses."""
-        threads = openmp.threads()
+        threads = 1 if self.alone else openmp.threads()
         while self._free:
             try:
                 session = self._free.pop()
@@ -85,6 +91,22 @@ class Program:
         with torch.inference_mode(False):
             arena = torch.empty(self.memory.arena // 4)
             return Session(self.graph, self.memory, self.steps, threads, arena)
+
+
+def _guess(graph: Graph, machine: Machine) -> float:
+    """Of the seconds that one thread needs for all of it; infinite where PyTorch runs a part, as
+    that is not known."""
+    seconds = 0.0
+    for node in graph.nodes:
+        if isinstance(node.operator, Host):
+            return math.inf
+        if isinstance(node.operator, Convolution):
+            conv = node.operator.conv
+            seconds += conv.batch * kernel.guess(conv, machine)
+        else:
+            values = {*node.inputs, node.output}
+            seconds += sum(4 * v.pixels * v.channels for v in values) / lower.BYTES
+    return seconds
 
 
 def _without_weight(node: Node) -> Node:

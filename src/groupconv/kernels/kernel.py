@@ -10,7 +10,7 @@ from torch import Tensor
 from groupconv.kernels import jit, module, openmp, packing
 from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.machine import Machine
-from groupconv.kernels.spec import KernelSpec
+from groupconv.kernels.spec import ConvSpec, KernelSpec
 from groupconv.kernels.tile import Tile
 
 # Seconds of work below which waking other threads costs more than they save.
@@ -147,12 +147,11 @@ def load(spec: KernelSpec, machine: Machine, tile: Tile, code: bytes) -> Kernel:
     name = _name(spec, machine, tile)
     function = jit.load(code, name, module.PROTOTYPE)
     work = jit.address(code, module.work_name(name))
-    return Kernel(spec, machine, tile, function, work, buffer, guess(spec, machine))
+    return Kernel(spec, machine, tile, function, work, buffer, guess(spec.conv, machine))
 
 
-def guess(spec: KernelSpec, machine: Machine) -> float:
+def guess(conv: ConvSpec, machine: Machine) -> float:
     """Of the seconds of one image on one thread."""
-    conv = spec.conv
     elements = conv.in_channels * conv.input_size[0] * conv.input_size[1]
     elements += conv.out_channels * conv.output_size[0] * conv.output_size[1]
     return conv.macs / (_MACS * machine.lanes) + 4 * elements / _BYTES

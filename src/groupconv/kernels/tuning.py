@@ -56,7 +56,7 @@ def tuned(
     """
     machine = machine or runnable()[0]
     least = kernel.WORTH_SHARING if worth_sharing is None else worth_sharing
-    shared = openmp.threads() > 1 and images * kernel.guess(spec, machine) >= least
+    shared = openmp.threads() > 1 and images * kernel.guess(spec.conv, machine) >= least
     distance = sum(images * _bytes(spec) > held for held in (_NEAR, _FAR))
     key = (spec, machine, tuning(), distance, shared)
     with _lock:
