@@ -283,7 +283,8 @@ def _window_sums(operator: Pool, x: Tensor) -> Tensor:
 def _host(operator: Host, inputs: list[Tensor]) -> Tensor:
     def argument(given: Any) -> Any:
         if isinstance(given, Input):
-            return inputs[given.number]
+            x = inputs[given.number]
+            return x.contiguous() if operator.dense else x
         if isinstance(given, (list, tuple)):
             return type(given)(argument(item) for item in given)
         return given

@@ -3,11 +3,14 @@
 Each compiles and gives eager PyTorch's results; what PyTorch has to run of it is named here.
 """
 
+import copy
+
 import pytest
 import torch
 from compiler.eager import cuts, runs
 from compiler.test_networks import models, realistic, smooth, timm_net
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import groupconv
 
@@ -39,9 +42,41 @@ VISION = (
     "wide_resnet50_2",
 )
 # Rows and columns where 64 are too few.
-SIZES = {}
-# Operators that are not native, with all others that run beside them.
-CUTS: dict[str, set[str]] = {}
+SIZES = {"timm bat_resnext26ts": 256, "timm inception_v4": 128, "torchvision inception_v3": 128}
+# Operators that PyTorch runs, those that are native elsewhere but not beside others included.
+CUTS = {
+    "timm bat_resnext26ts": {"bmm.default", "cat.default", "div.Tensor", "expand.default",
+        "reshape.default", "split.Tensor", "sum.dim_IntList"},
+    "timm cpubone_nano": {"_safe_softmax.default", "bmm.default", "expand.default",
+        "native_group_norm.default", "permute.default", "reshape.default", "split.Tensor",
+        "transpose.int"},
+    "timm csatv2": {"_scaled_dot_product_flash_attention_for_cpu.default", "addcmul.default",
+        "amax.default", "expand.default", "index.Tensor", "mean.dim", "mm.default",
+        "movedim.int", "permute.default", "reshape.default", "transpose.int", "unbind.int",
+        "unflatten.int"},
+    "timm densenetblur121d": {"reflection_pad2d.default"},
+    "timm edgenext_xx_small": {"bmm.default", "expand.default", "linalg_vector_norm.default",
+        "permute.default", "reshape.default", "unbind.int"},
+    "timm gcresnext26ts": {"bmm.default"},
+    "timm iformer_t": {"_safe_softmax.default", "bmm.default"},
+    "timm lowformer_b0": {"_safe_softmax.default", "bmm.default", "expand.default",
+        "native_group_norm.default", "permute.default", "reshape.default", "split.Tensor",
+        "transpose.int"},
+    "timm mobilevit_xxs": {"_scaled_dot_product_flash_attention_for_cpu.default",
+        "reshape.default", "transpose.int"},
+    "timm poolformer_s12": {"native_group_norm.default"},
+    "timm shvit_s1": {"bmm.default", "native_group_norm.default"},
+    "timm convnextv2_atto": {"addcmul.default", "mean.dim"},
+    "timm efficientvit_b0": {"bmm.default", "reshape.default", "transpose.int"},
+    "timm mambaout_femto": {"cat.default"},
+    "timm mobilevitv2_050": {"native_group_norm.default", "permute.default",
+        "reshape.default", "sum.dim_IntList"},
+    "timm poolformerv2_s12": {"native_group_norm.default"},
+    "timm resnest14d": {"mul.Tensor", "sum.dim_IntList"},
+    "timm resnetblur18": {"reflection_pad2d.default"},
+    "timm skresnet18": {"mul.Tensor", "sum.dim_IntList"},
+    "timm tresnet_m": {"permute.default", "reflection_pad2d.default", "reshape.default"},
+}
 # fmt: on
 NAMES = [*(f"timm {name}" for name in TIMM), *(f"torchvision {name}" for name in VISION)]
 
@@ -54,15 +89,29 @@ def build(name: str) -> nn.Module:
     return models.get_model(short, weights=None, **{"weights_backbone": None} if segments else {})
 
 
-@pytest.mark.release
+def error(net: nn.Module, x: Tensor) -> float:
+    """Of eager PyTorch against float64, over the largest number of the worst output."""
+    with torch.no_grad():
+        rough = pytree.tree_leaves(net(x))
+        exact = pytree.tree_leaves(copy.deepcopy(net).double()(x.double()))
+    return max(
+        ((y - z).abs().max() / z.abs().max()).item() for y, z in zip(rough, exact, strict=True)
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.release if number % 4 else pytest.mark.slow)
+        for number, name in enumerate(NAMES)
+    ],
+)
 def test_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUPCONV_TUNE", "0")
     torch.manual_seed(0)
     size = SIZES.get(name, 64)
-    net = realistic(build(name), size)
-    x = smooth(2, size, size)
+    net, x = realistic(build(name), size), smooth(2, size, size)
     compiled = groupconv.compile(net, x)
-    runs(compiled, net, x, tolerance=1e-4)
-    assert set(cuts(compiled)) == CUTS.get(name, set())
+    runs(compiled, net, x, tolerance=max(1e-4, 4 * error(net, x)))
+    assert {cut.removeprefix("aten.") for cut in cuts(compiled)} == CUTS.get(name, set())

@@ -300,3 +300,15 @@ def test_attention_is_left_to_pytorch() -> None:
     found = cuts(agree(module, numbers(2, 5, 8)))
     assert "aten.bmm.default" in found
     assert "aten._softmax.default" not in found
+
+
+def test_private_operators_get_dense_tensors() -> None:
+    """Attention of one kernel expects them, and reads something else otherwise."""
+
+    def forward(conv: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = conv(x).view(2, 3, 2, 8, -1).mT.unbind(1)
+        y = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        return y.mT.reshape(2, 16, *x.shape[2:])
+
+    found = cuts(agree(Function(forward, nn.Conv2d(6, 48, 1)), IMAGE))
+    assert any("flash_attention" in operator for operator in found)

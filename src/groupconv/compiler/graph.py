@@ -295,6 +295,12 @@ class Host:
     item: int | None
     reason: str
 
+    @property
+    def dense(self) -> bool:
+        """Whether it relies on contiguous inputs: PyTorch's public operators make sure that its
+        private ones get them."""
+        return self.target._opname.startswith("_")
+
 
 Operator = (
     Convolution | ToTiles | Products | FromTiles | Map | Pool | AdaptivePool | Upsample | Pad

@@ -196,7 +196,8 @@ class _Frame:
 
         def argument(item: Any) -> Any:
             if isinstance(item, Input):
-                return self.find(call.inputs[item.number])
+                found = self.find(call.inputs[item.number])
+                return found.contiguous() if call.host.dense else found
             if isinstance(item, list | tuple):
                 return type(item)(map(argument, item))
             return item
