@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from compiler.build import Builder
 from compiler.evaluate import evaluate
 from compiler.random_graphs import graphs
 from hypothesis import given, settings
+from torch import nn
 
+import groupconv
 from groupconv.compiler.graph import Graph
 from groupconv.compiler.library import Library
 from groupconv.compiler.passes import optimize
@@ -72,3 +75,26 @@ def test_random_graphs_after_all_passes(graph: Graph) -> None:
 def test_many_random_graphs(graph: Graph) -> None:
     check(graph)
     check(optimize(graph))
+
+
+@pytest.mark.parametrize(("size", "alone"), [(4, True), (64, False)])
+def test_little_work_does_not_wake_other_threads(size: int, alone: bool) -> None:
+    b = Builder((1, 32, size, size))
+    program = Program(b.graph(b.conv(b.inputs[0], 32, 3)), Library())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert program.session().threads == (1 if alone else 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+class Cumulative(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1)
+
+
+def test_what_pytorch_runs_counts_as_much_work() -> None:
+    """How long it takes isn't known."""
+    compiled = groupconv.compile(Cumulative().eval(), torch.zeros(1, 4))
+    assert not compiled.program(torch.zeros(1, 4)).alone
