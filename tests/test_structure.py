@@ -48,7 +48,10 @@ ORDER = {
         "transform", "to_tiles", "from_tiles",
     ],
     "data": ["images", "sample"],
-    "targets": ["base", "eager", "native", "table"],
+    "targets": [
+        "base", "eager", "native", "onnx_file", "onnxruntime", "openvino", "verify", "export",
+        "table",
+    ],
     "report": ["pictures", "table", "page"],
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
@@ -60,7 +63,7 @@ ORDER = {
     ],
     "cli": [
         "console", "options", "models", "outcome", "profile", "trace", "optimize", "plan", "apply",
-        "demo", "compile", "explain", "cache", "doctor", "app",
+        "demo", "compile", "export", "explain", "cache", "doctor", "app",
     ],
 }  # fmt: skip
 
@@ -122,6 +125,8 @@ def test_public_names() -> None:
         "BudgetError",
         "DataError",
         "Explanation",
+        "ExportError",
+        "Exported",
         "GroupConvError",
         "Plan",
         "Profile",
@@ -130,6 +135,7 @@ def test_public_names() -> None:
         "apply",
         "compile",
         "explain",
+        "export",
         "load",
         "load_compiled",
         "nn",

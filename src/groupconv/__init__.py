@@ -2,7 +2,13 @@
 
 from groupconv import nn
 from groupconv.compiler.compiled import compile, load_compiled
-from groupconv.errors import ArgumentError, BudgetError, DataError, GroupConvError
+from groupconv.errors import (
+    ArgumentError,
+    BudgetError,
+    DataError,
+    ExportError,
+    GroupConvError,
+)
 from groupconv.nn.explain import Explanation, explain
 from groupconv.optimize import (
     Plan,
@@ -15,6 +21,7 @@ from groupconv.optimize import (
     profile,
     sweep,
 )
+from groupconv.targets import Exported, export
 from groupconv.version import __version__
 
 __all__ = [
@@ -22,6 +29,8 @@ __all__ = [
     "BudgetError",
     "DataError",
     "Explanation",
+    "ExportError",
+    "Exported",
     "GroupConvError",
     "Plan",
     "Profile",
@@ -30,6 +39,7 @@ __all__ = [
     "apply",
     "compile",
     "explain",
+    "export",
     "load",
     "load_compiled",
     "nn",

@@ -19,3 +19,7 @@ class DataError(GroupConvError):
 
 class BudgetError(GroupConvError):
     """No choice of structures meets the budget."""
+
+
+class ExportError(GroupConvError):
+    """A format can't hold a network, or a file doesn't compute what the network does."""

@@ -14,6 +14,7 @@ from groupconv.cli import (
     demo,
     doctor,
     explain,
+    export,
     optimize,
     plan,
     profile,
@@ -36,6 +37,7 @@ app.command()(optimize.optimize)
 app.command()(plan.plan)
 app.command()(apply.apply)
 app.command()(compile.compile)
+app.command()(export.export)
 app.command()(explain.explain)
 app.command()(cache.cache)
 app.command()(doctor.doctor)

@@ -12,7 +12,9 @@ ModelArgument = Annotated[str, typer.Argument(help=_MODEL)]
 Shape = Annotated[str, typer.Option(help="Input shape.")]
 
 Weights = Annotated[Path | None, typer.Option(help="State dict to load.")]
-Target = Annotated[str, typer.Option(help="Runtime whose time counts: eager or native.")]
+Target = Annotated[
+    str, typer.Option(help="Runtime whose time counts: eager, native, onnxruntime or openvino.")
+]
 
 # Of the verbs that change one.
 Model = Annotated[str, typer.Option(help=_MODEL)]

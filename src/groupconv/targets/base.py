@@ -1,7 +1,11 @@
 """Target: a runtime where latency is measured and a network is sent."""
 
+import importlib.util
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -18,3 +22,73 @@ class Target(ABC):
     @abstractmethod
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
         """Make ``module`` ready in the runtime; each call of the result is one forward pass."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file that is ready in its runtime.
+
+    Args:
+        feed: what the next passes read, of the shapes that it was opened for.
+        run: one forward pass.
+        outputs: what the last one returned, flat.
+    """
+
+    feed: Callable[[Sequence[Tensor]], None]
+    run: Callable[[], object]
+    outputs: Callable[[], list[Tensor]]
+
+
+class FileTarget(Target):
+    """A runtime that takes networks from files.
+
+    Attributes:
+        suffix: of its files.
+        beside: suffixes of other files that are written beside them.
+        extra: the extra of groupconv that brings what it needs.
+        modules: what it needs.
+    """
+
+    suffix: str
+    beside: tuple[str, ...] = ()
+    extra: str
+    modules: tuple[str, ...]
+
+    def why_not(self) -> str | None:
+        missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        if not missing:
+            return None
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{' and '.join(missing)} {verb} missing: pip install 'groupconv[{self.extra}]'"
+
+    @abstractmethod
+    def export(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        path: Path,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write ``module``, for inputs of such shapes, and any batch where format and network
+        allow.
+
+        Args:
+            metadata: kept in the file.
+
+        Raises:
+            ExportError: the format can't hold it.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
+        """Make a file ready for ``inputs``, with as many threads as PyTorch uses."""
+
+    @abstractmethod
+    def nodes(self, path: Path) -> dict[str, int]:
+        """The operators of a file, by their names in its format, with how many there are."""
+
+    def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+        with tempfile.TemporaryDirectory(prefix="groupconv-") as folder:
+            path = Path(folder) / f"network{self.suffix}"
+            self.export(module, inputs, path)
+            return self.open(path, inputs).run

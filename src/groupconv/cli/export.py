@@ -1,0 +1,50 @@
+"""``groupconv export``: a network in a file of another runtime, checked there."""
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+import groupconv
+from groupconv.cli.console import JsonFlag, people, print_json
+from groupconv.cli.models import load_data, load_trained, sizes
+from groupconv.cli.options import ModelArgument, Shape, Weights
+from groupconv.data import load_images
+
+
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="File: .onnx or .xml (OpenVINO).")],
+    weights: Weights = None,
+    optimized: Annotated[
+        Path | None, typer.Option(help="Folder that optimize wrote: export its network.")
+    ] = None,
+    shape: Shape = "1,3,224,224",
+    data: Annotated[
+        str | None, typer.Option(help="Images to compare on; default: random numbers.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="Images to compare on, at most.")] = 1000,
+    json: JsonFlag = False,
+) -> None:
+    """Write a network to a file, run it in its runtime, and compare it with PyTorch."""
+    metadata = {"groupconv": groupconv.__version__}
+    if optimized is None:
+        net = load_trained(model, weights)
+    else:
+        net = groupconv.load(optimized, load_trained(model, weights)).eval()
+        plan = (optimized / "plan.json").read_bytes()
+        metadata["groupconv_plan"] = hashlib.sha256(plan).hexdigest()
+    size = sizes(shape)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    images = None
+    if data is not None:
+        images = load_images(load_data(data), limit=max_images, image_size=size[-1]).images
+        x = images[: size[0]]
+    found = groupconv.export(net, x, out, images=images, metadata=metadata)
+    if json:
+        print_json(asdict(found))
+    else:
+        people.print(str(found), highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""A network in a file of another runtime, checked there."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.errors import ArgumentError, DataError
+from groupconv.targets.base import FileTarget
+from groupconv.targets.onnxruntime import OnnxRuntime
+from groupconv.targets.openvino import OpenVino
+from groupconv.targets.verify import Agreement, verify
+
+FILE_TARGETS: tuple[FileTarget, ...] = (OnnxRuntime(), OpenVino())
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and checked.
+
+    Args:
+        path: of the file.
+        target: the runtime that it was checked in.
+        bytes: of the file, and of what lies beside it.
+        nodes: operators by the names of the format, with how many there are.
+        agreement: with PyTorch.
+    """
+
+    path: str
+    target: str
+    bytes: int
+    nodes: dict[str, int]
+    agreement: Agreement
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{name} {n}" for name, n in sorted(self.nodes.items()))
+        return (
+            f"{self.path}: {self.bytes / 1e6:.1f} MB, {counts}\n"
+            f"in {self.target} it {self.agreement}"
+        )
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    path: str | Path,
+    *,
+    images: Tensor | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """Write a network to a file, load it in its runtime, and compare it with PyTorch.
+
+    Args:
+        model: in evaluation mode.
+        example_inputs: the network's arguments.
+        path: the suffix tells the format: ``.onnx`` (ONNX Runtime) or ``.xml`` (OpenVINO).
+        images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
+            alone if there are none.
+        metadata: kept in the file.
+
+    Raises:
+        ArgumentError: the suffix is unknown, a library is missing, or the model is in training
+            mode.
+        DataError: the file can't be written.
+        ExportError: the format can't hold the network, or the file computes something else. No
+            file is left then; one that was there before stays as it was.
+    """
+    path = Path(path)
+    target = _target(path)
+    busy = next((name or "model" for name, m in model.named_modules() if m.training), None)
+    if busy is not None:
+        raise ArgumentError(f"export: {busy} is in training mode; call model.eval() first")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    batches = [inputs]
+    if images is not None:
+        if len(inputs) != 1 or images.shape[1:] != inputs[0].shape[1:]:
+            raise ArgumentError(
+                f"export: images of shape {tuple(images.shape)} must be like the only input, "
+                f"{tuple(inputs[0].shape)}"
+            )
+        batches = [(x,) for x in images.split(len(inputs[0])) if len(x) == len(inputs[0])]
+        if not batches:
+            raise ArgumentError(f"export: {len(images)} images are less than one batch")
+    try:
+        # In a folder of its own, so that a file that was there before stays until the new one is
+        # known to be right.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            new = Path(folder) / path.name
+            with torch.no_grad():
+                target.export(model, inputs, new, metadata)
+            agreement = verify(target, new, model, batches)
+            nodes = target.nodes(new)
+            size = sum(file.stat().st_size for file in Path(folder).iterdir())
+            for suffix in (*target.beside, target.suffix):
+                new.with_suffix(suffix).replace(path.with_suffix(suffix))
+    except OSError as error:
+        raise DataError(f"path={str(path)!r} can't be written: {error}") from error
+    return Exported(str(path), target.name, size, nodes, agreement)
+
+
+def _target(path: Path) -> FileTarget:
+    target = next((t for t in FILE_TARGETS if t.suffix == path.suffix), None)
+    if target is None:
+        legal = ", ".join(f"{t.suffix} ({t.name})" for t in FILE_TARGETS)
+        raise ArgumentError(f"path={str(path)!r}: the suffix must be one of {legal}")
+    reason = target.why_not()
+    if reason is not None:
+        raise ArgumentError(f"path={str(path)!r}: {reason}")
+    return target
