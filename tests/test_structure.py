@@ -49,8 +49,8 @@ ORDER = {
     ],
     "data": ["images", "sample"],
     "targets": [
-        "base", "eager", "native", "onnx_file", "onnxruntime", "openvino", "verify", "export",
-        "table",
+        "base", "eager", "native", "quiet", "onnx_file", "onnxruntime", "openvino", "rewrites",
+        "litert_convert", "litert", "verify", "export", "table",
     ],
     "report": ["pictures", "table", "page"],
     "optimize": [

@@ -17,7 +17,7 @@ from groupconv.data import load_images
 
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="File: .onnx or .xml (OpenVINO).")],
+    out: Annotated[Path, typer.Argument(help="File: .onnx, .xml (OpenVINO) or .tflite.")],
     weights: Weights = None,
     optimized: Annotated[
         Path | None, typer.Option(help="Folder that optimize wrote: export its network.")

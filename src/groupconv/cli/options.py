@@ -13,7 +13,8 @@ Shape = Annotated[str, typer.Option(help="Input shape.")]
 
 Weights = Annotated[Path | None, typer.Option(help="State dict to load.")]
 Target = Annotated[
-    str, typer.Option(help="Runtime whose time counts: eager, native, onnxruntime or openvino.")
+    str,
+    typer.Option(help="Runtime whose time counts: eager, native, onnxruntime, openvino or litert."),
 ]
 
 # Of the verbs that change one.

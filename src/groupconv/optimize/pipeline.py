@@ -56,8 +56,8 @@ def optimize(
         budget: a bound on the whole network: "2x" faster, "50%" of the latency, "12ms",
             "50%macs", "300Mmacs", "50%params", "1.2Mparams", "50%size", "5MB" of weights; or
             several of them, of which all must hold.
-        target: the runtime whose measured time counts; "eager", "native", "onnxruntime" or
-            "openvino".
+        target: the runtime whose measured time counts; "eager", "native", "onnxruntime",
+            "openvino" or "litert".
         recover: "none"; "bn" re-estimates batch norm; a time such as "10min" also distils from
             the original network for so long.
         keep: names or patterns (``"layer4.*"``) of layers to leave as they are; "first" is the

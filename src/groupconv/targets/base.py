@@ -45,12 +45,14 @@ class FileTarget(Target):
     Attributes:
         suffix: of its files.
         beside: suffixes of other files that are written beside them.
+        any_batch: whether a file can run batches of any size.
         extra: the extra of groupconv that brings what it needs.
         modules: what it needs.
     """
 
     suffix: str
     beside: tuple[str, ...] = ()
+    any_batch: bool = True
     extra: str
     modules: tuple[str, ...]
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError, DataError
 from groupconv.targets.base import FileTarget
+from groupconv.targets.litert import LiteRt
 from groupconv.targets.onnxruntime import OnnxRuntime
 from groupconv.targets.openvino import OpenVino
 from groupconv.targets.verify import Agreement, verify
 
-FILE_TARGETS: tuple[FileTarget, ...] = (OnnxRuntime(), OpenVino())
+FILE_TARGETS: tuple[FileTarget, ...] = (OnnxRuntime(), OpenVino(), LiteRt())
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def export(
     Args:
         model: in evaluation mode.
         example_inputs: the network's arguments.
-        path: the suffix tells the format: ``.onnx`` (ONNX Runtime) or ``.xml`` (OpenVINO).
+        path: the suffix tells the format: ``.onnx`` (ONNX Runtime), ``.xml`` (OpenVINO) or
+            ``.tflite`` (LiteRT).
         images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
             alone if there are none.
         metadata: kept in the file.

@@ -1,16 +1,15 @@
 """ONNX files, by PyTorch's exporter, which folds batch norms into convolutions."""
 
 import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from groupconv.errors import ExportError
+from groupconv.targets.quiet import quiet
 
 # The name of an axis of any size.
 BATCH = "batch"
@@ -56,7 +55,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], *, any_batch: bool): 
         batch = torch.export.Dim(BATCH)
         shapes = tuple({0: batch} for _ in inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = torch.onnx.export(
                 module, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False
             )
@@ -68,16 +67,3 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], *, any_batch: bool): 
 
 def _with_batch(x: Tensor) -> Tensor:
     return x.expand(_BATCH, *x.shape[1:]) if len(x) == 1 else x
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

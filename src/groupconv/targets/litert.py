@@ -1,0 +1,67 @@
+"""LiteRT (TensorFlow Lite) with XNNPACK, on the CPU."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupconv.targets import litert_convert, rewrites
+from groupconv.targets.base import FileTarget, Opened
+from groupconv.targets.quiet import quiet
+
+# Steps that the interpreter adds to those of a file.
+_ADDED = {"DELEGATE"}
+
+
+class LiteRt(FileTarget):
+    """LiteRT's interpreter, with XNNPACK where it has the operator. A file is for one batch."""
+
+    name = "litert"
+    suffix = ".tflite"
+    any_batch = False
+    extra = "litert"
+    modules = ("litert_torch", "ai_edge_litert")
+
+    def export(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        path: Path,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        graph = rewrites.captured(module, inputs)
+        rewrites.replace_shuffles(graph)
+        rewrites.replace_transposed(graph)
+        litert_convert.convert(torch.export.export(graph, inputs), path)
+
+    def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
+        interpreter = _interpreter(path)
+        ends = interpreter.get_input_details()
+        results = [end["index"] for end in interpreter.get_output_details()]
+
+        def feed(inputs: Sequence[Tensor]) -> None:
+            for end, x in zip(ends, inputs, strict=True):
+                interpreter.set_tensor(end["index"], x.detach().contiguous().numpy())
+
+        feed(inputs)
+        return Opened(
+            feed=feed,
+            run=interpreter.invoke,
+            outputs=lambda: [torch.from_numpy(interpreter.get_tensor(i)) for i in results],
+        )
+
+    def nodes(self, path: Path) -> dict[str, int]:
+        names = [step["op_name"] for step in _interpreter(path)._get_ops_details()]
+        return dict(Counter(name for name in names if name not in _ADDED))
+
+
+def _interpreter(path: Path) -> Any:
+    with quiet():
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(model_path=str(path), num_threads=torch.get_num_threads())
+        interpreter.allocate_tensors()
+    return interpreter
