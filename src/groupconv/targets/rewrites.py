@@ -104,6 +104,7 @@ def _shuffle(node: fx.Node) -> tuple[fx.Node, int] | None:
     if node.target is _aten.channel_shuffle.default:
         x, groups = node.args
         assert isinstance(x, fx.Node)
+        assert isinstance(groups, int)
         return (x, groups) if len(_shape(x)) == 4 else None
     if node.target not in _VIEWS:
         return None
