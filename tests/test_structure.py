@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing"},
+    {"errors", "files", "version", "timing", "busy"},
     {"kernels"},
     {"nn"},
     {"compiler"},
@@ -123,6 +123,7 @@ def test_public_names() -> None:
     assert groupconv.__all__ == [
         "ArgumentError",
         "BudgetError",
+        "BusyError",
         "DataError",
         "Explanation",
         "ExportError",

@@ -21,6 +21,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -53,6 +56,25 @@ def test_number_of_runs(clock: Clock, seconds: float, runs: int) -> None:
         {"short": lambda: wait(1), "long": lambda: wait(2)}, seconds=seconds, max_runs=20
     )
     assert result == {"short": Timing(1, 1, 1, runs), "long": Timing(2, 2, 2, runs)}
+
+
+def test_workers_of_one_call_are_waited_for(clock: Clock) -> None:
+    """An untimed pass wakes those of the next, which is timed for as long as they rested."""
+    calls: list[tuple[str, float]] = []
+
+    def call(name: str) -> None:
+        calls.append((name, clock.now))
+        clock.now += 2
+
+    result = interleave(
+        {name: lambda name=name: call(name) for name in "AB"}, seconds=0, min_runs=2, rest=5
+    )
+    names = "".join(name for name, _ in calls)
+    assert names == "AABB" + 2 * "AAAABBBB"
+    assert result["A"] == Timing(2, 2, 2, 6)
+    starts = [now for _, now in calls]
+    assert starts[4] - starts[3] == 2 + 5
+    assert starts[8] - starts[7] == 2 + 5
 
 
 def test_a_slow_first_call_is_not_counted(clock: Clock) -> None:

@@ -5,6 +5,7 @@ from groupconv.compiler.compiled import compile, load_compiled
 from groupconv.errors import (
     ArgumentError,
     BudgetError,
+    BusyError,
     DataError,
     ExportError,
     GroupConvError,
@@ -27,6 +28,7 @@ from groupconv.version import __version__
 __all__ = [
     "ArgumentError",
     "BudgetError",
+    "BusyError",
     "DataError",
     "Explanation",
     "ExportError",

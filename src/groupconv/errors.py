@@ -23,3 +23,7 @@ class BudgetError(GroupConvError):
 
 class ExportError(GroupConvError):
     """A format can't hold a network, or a file doesn't compute what the network does."""
+
+
+class BusyError(GroupConvError):
+    """Others use the machine so much that a measured time would say little."""

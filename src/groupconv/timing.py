@@ -34,6 +34,7 @@ def interleave(
     seconds: float = 1.0,
     min_runs: int = 5,
     max_runs: int = 200,
+    rest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time every call in turn until ``seconds`` have passed, so that noise meets all alike.
 
@@ -42,7 +43,10 @@ def interleave(
     Args:
         calls: name to callable.
         seconds: time to spend on all of them together, warm-up not counted.
-        min_runs, max_runs: bounds on the samples of each.
+        min_runs, max_runs: bounds on the turns of each.
+        rest: seconds for which worker threads of one call keep their cores busy, waiting for more
+            work, which others would pay for. Before each turn they are waited for; the next call
+            then wakes its own in one untimed pass, and its turn lasts as long as the rest.
 
     Returns:
         name to :class:`Timing`.
@@ -56,10 +60,23 @@ def interleave(
         if run >= min_runs and time.perf_counter() > end:
             break
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
+            if rest:
+                time.sleep(rest)
+                call()
+            samples[name] += _turn(call, rest)
     return {name: Timing.of(s) for name, s in samples.items()}
+
+
+def _turn(call: Callable[[], object], seconds: float) -> list[float]:
+    """Times of passes, one at least."""
+    samples = []
+    begin = start = time.perf_counter()
+    while not samples or start - begin < seconds:
+        call()
+        now = time.perf_counter()
+        samples.append(now - start)
+        start = now
+    return samples
 
 
 def machine() -> dict[str, str | int]:

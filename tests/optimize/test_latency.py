@@ -24,6 +24,7 @@ class Counted(Target):
     """A runtime that takes a nanosecond for each MAC, and as long as it likes to permute."""
 
     name = "counted"
+    version = "1"
 
     def __init__(self) -> None:
         self.built: list[tuple[nn.Module, tuple[int, ...]]] = []
@@ -46,7 +47,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The keys of each interleaved run; the times are what the calls return."""
     found: list[set[str]] = []
 
-    def interleave(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, Timing]:
+    def interleave(calls: dict[str, Callable[[], float]], seconds: float, rest: float) -> dict[str, Timing]:
         assert seconds > 0
         found.append(set(calls))
         return {key: Timing(call(), 0.0, 0.0, 5) for key, call in calls.items()}
@@ -69,7 +70,7 @@ def test_every_structure_has_its_own_time_of_the_whole_batch() -> None:
     pairs = [Pair(middle, 4, 1, False) for middle in (8, 16, 24)]
     structures = [DENSE, Grouped(2), Grouped(8), *pairs, Pair(8, 4, 4, True), Pair(8, 1, 1, False)]
     target = Counted()
-    times = layer_times({"a": (conv, plain(*structures))}, target, LatencyTable(), 3)
+    times = layer_times({"a": (conv, plain(*structures))}, LatencyTable(target), 3)
     expected = [3e-9 * macs(structure, conv.spec) for structure in structures]
     assert times["a"] == pytest.approx(expected)
     assert len(set(expected)) == len(structures)
@@ -80,7 +81,7 @@ def test_explicit_permutations_are_timed_once_and_added() -> None:
     conv = layer(nn.Conv2d(8, 4, 3), 5, 5)
     asked = [(Grouped(2), a, b) for a in (False, True) for b in (False, True)]
     target = Counted()
-    times = layer_times({"a": (conv, asked)}, target, LatencyTable(), 2)["a"]
+    times = layer_times({"a": (conv, asked)}, LatencyTable(target), 2)["a"]
     before, after = PERMUTED * 2 * 8 * 5 * 5, PERMUTED * 2 * 4 * 3 * 3
     alone = 2e-9 * macs(Grouped(2), conv.spec)
     assert times == pytest.approx([alone, alone + after, alone + before, alone + before + after])
@@ -92,21 +93,21 @@ def test_explicit_permutations_are_timed_once_and_added() -> None:
 def test_equal_layers_are_measured_once(runs: list[set[str]]) -> None:
     one, other = (layer(nn.Conv2d(8, 8, 3, padding=1, bias=b), 6, 6) for b in (True, False))
     asked = [(DENSE, False, False), (Grouped(4), True, False)]
-    table, target = LatencyTable(), Counted()
-    times = layer_times({"a": (one, asked), "b": (other, asked)}, target, table, 1)
+    table = LatencyTable(target := Counted())
+    times = layer_times({"a": (one, asked), "b": (other, asked)}, table, 1)
     assert times["a"] == times["b"]
     assert len(runs) == 1
     assert len(target.built) == 3
     # Known already, in any order and number.
-    again = layer_times({"c": (other, asked[::-1])}, target, table, 1)
+    again = layer_times({"c": (other, asked[::-1])}, table, 1)
     assert again["c"] == times["a"][::-1]
     assert len(runs) == 1
 
 
 def test_what_is_compared_was_timed_in_one_run(runs: list[set[str]]) -> None:
-    conv, table, target = layer(nn.Conv2d(8, 8, 3), 6, 6), LatencyTable(), Counted()
-    layer_times({"a": (conv, plain(DENSE, Grouped(2)))}, target, table, 1)
-    layer_times({"a": (conv, plain(DENSE, Grouped(4)))}, target, table, 1)
+    conv, table = layer(nn.Conv2d(8, 8, 3), 6, 6), LatencyTable(Counted())
+    layer_times({"a": (conv, plain(DENSE, Grouped(2)))}, table, 1)
+    layer_times({"a": (conv, plain(DENSE, Grouped(4)))}, table, 1)
     assert [len(keys) for keys in runs] == [2, 2]
     assert len(runs[0] & runs[1]) == 1
 
@@ -123,10 +124,10 @@ def test_other_sizes_settings_and_batches_are_measured() -> None:
         layer(nn.Conv2d(8, 8, 2), 6, 6),
         layer(nn.Conv2d(8, 8, 2, padding="same"), 6, 6),
     ]
-    table, target = LatencyTable(), Counted()
+    table = LatencyTable(target := Counted())
     for batch in (1, 2):
         times = layer_times(
-            {str(i): (conv, plain(DENSE)) for i, conv in enumerate(layers)}, target, table, batch
+            {str(i): (conv, plain(DENSE)) for i, conv in enumerate(layers)}, table, batch
         )
         for i, conv in enumerate(layers):
             assert times[str(i)] == pytest.approx([1e-9 * batch * macs(DENSE, conv.spec)])
@@ -149,7 +150,7 @@ def test_what_is_timed_has_the_sizes_of_the_layer(
     size = (7, 6, 5)[: len(convolution.kernel_size)]
     target = Counted()
     conv = layer(convolution, *size)
-    layer_times({"a": (conv, plain(structure))}, target, LatencyTable(), 2)
+    layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 2)
     ((module, shape),) = target.built
     assert module(torch.randn(shape)).shape == (2, 16, *conv.spec.output_size)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
@@ -171,7 +172,7 @@ def test_uneven_padding_of_a_strided_layer(structure: Grouped | Pair) -> None:
     )
     axis = layer(nn.Conv2d(8, 8, 1), 8, 7).inputs
     conv, target = TracedConv("a", spec, None, (), axis, axis), Counted()
-    times = layer_times({"a": (conv, plain(structure))}, target, LatencyTable(), 1)
+    times = layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 1)
     assert times["a"] == pytest.approx([1e-9 * macs(structure, spec)])
     ((module, shape),) = target.built
     assert module(torch.randn(shape)).shape == (1, 8, 4, 4)

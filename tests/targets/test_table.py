@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from groupconv.targets import table as table_module
+from groupconv.targets.eager import Eager
 from groupconv.targets.table import LatencyTable
 from groupconv.timing import Timing
 
@@ -31,15 +32,16 @@ class Recorder:
 def path(tmp_path: Path) -> Path:
     """A table that holds A and B."""
     file = tmp_path / "latency.json"
-    LatencyTable(file).measure(Recorder()("A", "B"), seconds=0)
+    LatencyTable(Eager(), file).measure(Recorder()("A", "B"), seconds=0)
     return file
 
 
 def test_measured_once_and_kept(path: Path) -> None:
     stored = json.loads(path.read_text())
+    (stored,) = stored["tables"]
     assert list(stored["times"]) == ["A", "B"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    again, recorder = LatencyTable(path), Recorder()
+    again, recorder = LatencyTable(Eager(), path), Recorder()
     times = again.measure(recorder("B", "A"), seconds=0)
     assert times == {name: Timing(**stored["times"][name]) for name in "BA"}
     assert list(times) == ["B", "A"]
@@ -48,30 +50,30 @@ def test_measured_once_and_kept(path: Path) -> None:
 
 
 def test_those_compared_are_timed_together(path: Path) -> None:
-    again, recorder = LatencyTable(path), Recorder()
+    again, recorder = LatencyTable(Eager(), path), Recorder()
     times = again.measure(recorder("A", "new"), seconds=0)
     assert recorder.built == ["A", "new"]
     turns = "".join(name[0] for name in recorder.called)
     assert turns == "AAnn" + "An" * times["A"].runs
     assert again.reused == {"B"}
-    assert LatencyTable(path).times == {**times, "B": again.times["B"]}
+    assert LatencyTable(Eager(), path).times == {**times, "B": again.times["B"]}
 
 
 def test_time_is_spent_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def interleave(calls: dict[str, object], *, seconds: float) -> dict[str, Timing]:
+    def interleave(calls: dict[str, object], *, seconds: float, rest: float) -> dict[str, Timing]:
         asked.append(seconds)
         return {name: Timing(1, 1, 1, 5) for name in calls}
 
     monkeypatch.setattr(table_module, "interleave", interleave)
-    LatencyTable().measure(Recorder()("A", "B", "C"), seconds=0.5)
+    LatencyTable(Eager()).measure(Recorder()("A", "B", "C"), seconds=0.5)
     assert asked == [1.5]
 
 
 def test_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    table, recorder = LatencyTable(), Recorder()
+    table, recorder = LatencyTable(Eager()), Recorder()
     first = table.measure(recorder("A"), seconds=0)
     assert table.measure(recorder("A"), seconds=0) == first
     assert recorder.built == ["A"]
@@ -79,33 +81,34 @@ def test_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["processor", "threads", "torch"])
-def test_another_machine(path: Path, key: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("key", ["processor", "threads", "torch", "target", "version"])
+def test_times_of_elsewhere_are_kept_and_not_used(path: Path, key: str) -> None:
     stored = json.loads(path.read_text())
-    stored["machine"][key] = "another"
+    stored["tables"][0]["where"][key] = "another"
     path.write_text(json.dumps(stored))
-    with caplog.at_level(logging.WARNING):
-        table = LatencyTable(path)
-    assert f"{path} was measured on another machine or version" in caplog.text
+    table = LatencyTable(Eager(), path)
     assert (table.times, table.reused) == ({}, set())
     table.measure(Recorder()("A"), seconds=0)
-    assert list(LatencyTable(path).times) == ["A"]
+    assert list(LatencyTable(Eager(), path).times) == ["A"]
+    assert stored["tables"][0] in json.loads(path.read_text())["tables"]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"times": {}}', b'{"times": [], "machine": {}}'),
-        *(b'{"times": {"A": 3}, "machine": {}}', b'{"times": {"A": {"median": 1}}, "machine": {}}'),
+        *(b"", b"{", b"[]", b"3", b"\xff\xfe", b'{"times": {}}', b'{"tables": [{"times": {}}]}'),
+        b'{"tables": [{"times": [], "where": {}}]}',
+        b'{"tables": [{"times": {"A": 3}, "where": {}}]}',
+        b'{"tables": [{"times": {"A": {"median": 1}}, "where": {}}]}',
     ],
 )
 def test_broken_file(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        table = LatencyTable(path)
+        table = LatencyTable(Eager(), path)
     assert f"{path} is not a table of times" in caplog.text
     assert table.times == {}
     recorder = Recorder()
     table.measure(recorder("A"), seconds=0)
     assert recorder.built == ["A"]
-    assert list(LatencyTable(path).times) == ["A"]
+    assert list(LatencyTable(Eager(), path).times) == ["A"]

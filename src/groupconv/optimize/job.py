@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.data import Images
+from groupconv.busy import require_quiet
 from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.evaluate import run
@@ -72,10 +73,11 @@ class Job:
         self.pixels = math.prod(images.images.shape[2:])
         self.device = next(model.parameters()).device
         self.folder = folder
-        self.table = LatencyTable(None if folder is None else folder / "latency.json")
+        self.table = LatencyTable(target, None if folder is None else folder / "latency.json")
         if self.table.reused:
             log.info("reusing %d measured times of %s", len(self.table.reused), self.table.path)
         self.steps: dict[str, float] = {}
+        require_quiet()
         with self.step("trace"):
             run(model, self.example(1))
             model, self.baked = bake(model)
@@ -118,7 +120,7 @@ class Job:
         example = (self.example(self.batch_size),)
         network = repr((self.name, shapes, tuple(example[0].shape), name))
         digest = hashlib.sha256(network.encode()).hexdigest()[:16]
-        before, after = (f"{self.target.name} network {digest} {x}" for x in ("before", "after"))
+        before, after = (f"network {digest} {x}" for x in ("before", "after"))
         builds = {
             before: lambda: self.target.build(self.model, example),
             after: lambda: self.target.build(net, example),
@@ -133,7 +135,9 @@ class Job:
             "before": self.target.build(self.model, example),
             "after": self.target.build(net, example),
         }
-        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400)
+        timings = interleave(
+            calls, seconds=3.0, min_runs=7, max_runs=400, rest=self.target.rest
+        )
         return timings["before"], timings["after"]
 
     def example(self, batch: int) -> Tensor:

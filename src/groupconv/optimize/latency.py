@@ -1,4 +1,8 @@
-"""Measured time of every candidate of a layer, against the dense layer in the same run."""
+"""Measured time of every candidate of a layer, against the dense layer in the same run.
+
+A candidate is timed with the activation that follows it, which most runtimes make a part of its
+last convolution.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,23 +19,30 @@ from groupconv.targets import LatencyTable, Target
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADS: tuple[Callable[..., nn.Module], ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _SECONDS = 0.1
+# By PyTorch's operators, without the underscore of those that work in place.
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardtanh": nn.ReLU6,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+}
 
 # A structure, and whether an explicit permutation stands before and after it.
 Timed = tuple[Structure, bool, bool]
 
 
 def layer_times(
-    layers: Mapping[str, tuple[TracedConv, Sequence[Timed]]],
-    target: Target,
-    table: LatencyTable,
-    batch: int,
+    layers: Mapping[str, tuple[TracedConv, Sequence[Timed]]], table: LatencyTable, batch: int
 ) -> dict[str, list[float]]:
     """Seconds of structures in place of layers, for ``batch`` images per call.
 
     Args:
         layers: name to the layer and what may stand in its place; those of one layer are timed in
             one run.
-        target: runtime to measure on.
         table: of times known already; grows.
         batch: images per call.
 
@@ -39,19 +50,28 @@ def layer_times(
         layer name to one time per structure, explicit permutations included.
     """
     return {
-        name: _times(replace(conv.spec, batch=batch), structures, target, table)
+        name: _times(replace(conv.spec, batch=batch), _activation(conv), structures, table)
         for name, (conv, structures) in layers.items()
     }
 
 
+def _activation(conv: TracedConv) -> str | None:
+    """The operator that follows a layer and its batch norm, if it is a known activation."""
+    following = (name for name in conv.then if name != "batch_norm")
+    return next((name if name in _ACTIVATIONS else None for name in following), None)
+
+
 def _times(
-    dense: ConvSpec, structures: Sequence[Timed], target: Target, table: LatencyTable
+    dense: ConvSpec, activation: str | None, structures: Sequence[Timed], table: LatencyTable
 ) -> list[float]:
+    target = table.target
     builds: dict[str, Callable[[], Callable[[], object]]] = {}
     parts: list[list[str]] = []
     for structure, permute_in, permute_out in structures:
-        key = f"{target.name} {_describe(dense)} {structure}"
-        builds[key] = lambda structure=structure: _build(target, dense, structure)  # type: ignore[misc]
+        key = f"{_describe(dense)} {structure}" + (f" + {activation}" if activation else "")
+        builds[key] = lambda structure=structure: _build(  # type: ignore[misc]
+            target, dense, structure, activation
+        )
         used = [key]
         for wanted, channels, size in (
             (permute_in, dense.in_channels, dense.input_size),
@@ -59,7 +79,7 @@ def _times(
         ):
             if wanted:
                 shape = (dense.batch, channels, *size)
-                key = f"{target.name} permute {'x'.join(map(str, shape))}"
+                key = f"permute {'x'.join(map(str, shape))}"
                 builds[key] = lambda shape=shape: _build_permutation(target, shape)  # type: ignore[misc]
                 used.append(key)
         parts.append(used)
@@ -67,7 +87,9 @@ def _times(
     return [sum(times[key].median for key in used) for used in parts]
 
 
-def _build(target: Target, dense: ConvSpec, structure: Structure) -> Callable[[], object]:
+def _build(
+    target: Target, dense: ConvSpec, structure: Structure, activation: str | None
+) -> Callable[[], object]:
     kind = len(dense.input_size) - 1
     padding, rest = dense.even_padding
     keeps_size = list(dense.padding) == same_padding(dense.kernel_size, dense.dilation)
@@ -87,6 +109,8 @@ def _build(target: Target, dense: ConvSpec, structure: Structure) -> Callable[[]
         # As the layers do that pad to the size that TensorFlow's "same" gives.
         steps["pad"] = _PADS[kind](tuple(rest), 0.0)
         steps.move_to_end("pad", last=False)
+    if activation is not None:
+        steps["activation"] = _ACTIVATIONS[activation]()
     net = nn.Sequential(steps)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.01)

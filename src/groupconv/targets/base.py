@@ -1,5 +1,6 @@
 """Target: a runtime where latency is measured and a network is sent."""
 
+import importlib.metadata
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
@@ -11,13 +12,25 @@ from torch import Tensor, nn
 
 
 class Target(ABC):
-    """One runtime on this machine."""
+    """One runtime on this machine.
+
+    Attributes:
+        name: what users call it.
+        rest: seconds for which the worker threads of what was built keep their cores busy after a
+            pass; 0 where all that is built shares its workers.
+    """
 
     name: str
+    rest: float = 0.0
 
     @abstractmethod
     def why_not(self) -> str | None:
         """Why the runtime can't be used here, or None when it can."""
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Of the runtime: measured times are those of one version."""
 
     @abstractmethod
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
@@ -47,7 +60,7 @@ class FileTarget(Target):
         beside: suffixes of other files that are written beside them.
         any_batch: whether a file can run batches of any size.
         extra: the extra of groupconv that brings what it needs.
-        modules: what it needs.
+        modules: what it needs, the runtime last.
     """
 
     suffix: str
@@ -62,6 +75,10 @@ class FileTarget(Target):
             return None
         verb = "is" if len(missing) == 1 else "are"
         return f"{' and '.join(missing)} {verb} missing: pip install 'groupconv[{self.extra}]'"
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(self.modules[-1].replace("_", "-"))
 
     @abstractmethod
     def export(

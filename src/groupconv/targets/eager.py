@@ -12,6 +12,7 @@ class Eager(Target):
     """Eager PyTorch under ``torch.inference_mode``."""
 
     name = "eager"
+    version = torch.__version__
 
     def why_not(self) -> str | None:
         return None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from groupconv.compiler.compiled import compile
 from groupconv.kernels.machine import runnable
 from groupconv.targets.base import Target
+from groupconv.version import __version__
 
 
 class Native(Target):
@@ -18,6 +19,7 @@ class Native(Target):
     """
 
     name = "native"
+    version = __version__
 
     def why_not(self) -> str | None:
         return None if runnable() else "no code can be generated for this processor"

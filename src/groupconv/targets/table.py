@@ -1,49 +1,53 @@
-"""Measured layer times, kept in a file so that nothing is measured twice on one machine."""
+"""Measured times, kept in a file so that nothing is measured twice on one machine."""
 
 import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from groupconv.files import write_text
+from groupconv.targets.base import Target
 from groupconv.timing import Timing, interleave, machine
 
 log = logging.getLogger(__name__)
 
 
 class LatencyTable:
-    """Times by name of what was timed.
+    """Times on one target by name of what was timed.
 
     Args:
-        path: JSON file to read and to keep; None keeps nothing. Times of another machine, thread
-            count or version of torch are not used.
+        target: where they are measured.
+        path: JSON file to read and to keep; None keeps nothing. It holds the times of other
+            machines, thread counts and versions too, which are not used.
 
     Attributes:
+        times: those of this machine and target.
         reused: names whose time comes from the file.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.machine = machine()
+    def __init__(self, target: Target, path: Path | None = None) -> None:
+        self.target, self.path = target, path
+        self.where = machine() | {"target": target.name, "version": target.version}
         self.times: dict[str, Timing] = {}
-        self.reused: set[str] = set()
+        self._elsewhere: list[dict[str, Any]] = []
         if path is not None and path.exists():
             self._read(path)
+        self.reused = set(self.times)
 
     def _read(self, path: Path) -> None:
         try:
-            stored = json.loads(path.read_text())
-            times = {key: Timing(**values) for key, values in stored["times"].items()}
-            where = stored["machine"]
+            tables = json.loads(path.read_text())["tables"]
+            for table in tables:
+                times = {key: Timing(**values) for key, values in table["times"].items()}
+                if table["where"] == self.where:
+                    self.times = times
+                else:
+                    self._elsewhere.append({"where": dict(table["where"]), "times": table["times"]})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             log.warning("%s is not a table of times (%s): measuring again", path, error)
-            return
-        if where == self.machine:
-            self.times = times
-            self.reused = set(times)
-        else:
-            log.warning("%s was measured on another machine or version: measuring again", path)
+            self.times, self._elsewhere = {}, []
 
     def measure(
         self, build: Mapping[str, Callable[[], Callable[[], object]]], *, seconds: float
@@ -59,12 +63,13 @@ class LatencyTable:
             # The whole set again, so that those compared were timed in the same run.
             calls = {key: make() for key, make in build.items()}
             self.reused -= calls.keys()
-            self.times |= interleave(calls, seconds=seconds * len(calls))
+            rest = self.target.rest
+            self.times |= interleave(calls, seconds=seconds * len(calls), rest=rest)
             self.save()
         return {key: self.times[key] for key in build}
 
     def save(self) -> None:
         if self.path is not None:
             times = {key: asdict(timing) for key, timing in sorted(self.times.items())}
-            text = json.dumps({"machine": self.machine, "times": times}, indent=1)
-            write_text(self.path, text)
+            tables = [{"where": self.where, "times": times}, *self._elsewhere]
+            write_text(self.path, json.dumps({"tables": tables}, indent=1))
