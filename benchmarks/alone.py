@@ -8,8 +8,6 @@ made or loaded: weights, packed or not, buffers, code, and what building left be
 tells it.
 """
 
-import ctypes
-import gc
 import json
 import os
 import subprocess
@@ -23,9 +21,9 @@ import torch
 from benchmarks import zoo
 from benchmarks.engine import Ready
 from benchmarks.network_peers import ENGINES, FROM_FILE, OURS_FROM_FILE, Source
+from groupconv.targets.alone import STATUS, count_anew, occupied, tidy
 
 _PASSES = 3
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -85,36 +83,19 @@ def _build(engine: str, source: Source, threads: int) -> tuple[Ready, float]:
     return ready, time.perf_counter() - start
 
 
-def _occupied(field: str) -> int | None:
-    """``VmRSS``, what the process holds, or ``VmHWM``, the most it did, in bytes."""
-    if not _STATUS.exists():
-        return None
-    lines = _STATUS.read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def _tidy() -> None:
-    """Give back to the system what is free."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def main(engine: str, name: str, batch: int, threads: int, folder: Path) -> Alone:
     torch.set_num_threads(threads)
     tiny, _ = _build(engine, Source(zoo.TINY, 1, folder), threads)
     del tiny
-    _tidy()
-    before = _occupied("VmRSS")
+    tidy()
+    before = occupied("VmRSS") if STATUS.exists() else None
     ready, build = _build(engine, Source(name, batch, folder), threads)
-    _tidy()
+    tidy()
     if before is not None:
-        # From now on the most is counted anew.
-        _CLEAR.write_text("5")
+        count_anew()
     for _ in range(_PASSES):
         ready.run()
-    most = _occupied("VmHWM")
-    return Alone(build, None if before is None or most is None else most - before)
+    return Alone(build, None if before is None else occupied("VmHWM") - before)
 
 
 if __name__ == "__main__":

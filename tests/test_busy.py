@@ -74,7 +74,7 @@ def test_waits_until_it_is_free(machine: Machine, caplog: pytest.LogCaptureFixtu
 
 def test_refused_in_the_end(machine: Machine) -> None:
     machine.others = iter([1.0] * 1000)
-    with pytest.raises(BusyError, match="1.0 of 2 cores are idle.*2 threads.*GROUPCONV_BUSY=1"):
+    with pytest.raises(BusyError, match=r"1\.0 of 2 cores are idle.*2 threads.*GROUPCONV_BUSY=1"):
         busy.require_quiet()
     assert 15 < machine.now - 50 < 16
 

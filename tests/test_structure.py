@@ -49,8 +49,9 @@ ORDER = {
     ],
     "data": ["images", "sample"],
     "targets": [
-        "base", "eager", "native", "quiet", "onnx_file", "onnxruntime", "openvino", "rewrites",
-        "litert_convert", "litert", "verify", "export", "table",
+        "base", "quiet", "program", "fold", "eager", "inductor", "native", "onnx_file",
+        "onnxruntime", "openvino", "rewrites", "litert_convert", "litert", "verify", "export",
+        "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],
     "optimize": [
@@ -63,7 +64,7 @@ ORDER = {
     ],
     "cli": [
         "console", "options", "models", "outcome", "profile", "trace", "optimize", "plan", "apply",
-        "demo", "compile", "export", "explain", "cache", "doctor", "app",
+        "demo", "compile", "export", "bench", "explain", "cache", "doctor", "app",
     ],
 }  # fmt: skip
 
@@ -122,6 +123,7 @@ def test_every_module_has_its_place(package: str) -> None:
 def test_public_names() -> None:
     assert groupconv.__all__ == [
         "ArgumentError",
+        "Bench",
         "BudgetError",
         "BusyError",
         "DataError",
@@ -134,6 +136,7 @@ def test_public_names() -> None:
         "Result",
         "__version__",
         "apply",
+        "bench",
         "compile",
         "explain",
         "export",

@@ -22,11 +22,12 @@ from groupconv.optimize import (
     profile,
     sweep,
 )
-from groupconv.targets import Exported, export
+from groupconv.targets import Bench, Exported, bench, export
 from groupconv.version import __version__
 
 __all__ = [
     "ArgumentError",
+    "Bench",
     "BudgetError",
     "BusyError",
     "DataError",
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "__version__",
     "apply",
+    "bench",
     "compile",
     "explain",
     "export",

@@ -9,7 +9,7 @@ from torch import nn
 
 from groupconv.errors import BudgetError
 from groupconv.optimize.budget import parse_budgets
-from groupconv.optimize.choose import Decision, choose
+from groupconv.optimize.choose import Choice, Decision, choose
 from groupconv.optimize.convert import convert
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.menu import Candidate
@@ -71,11 +71,16 @@ def decide(
     texts: str | Sequence[str], known: Survey, clock: Clock | None = None
 ) -> tuple[nn.Module, dict[str, Decision]]:
     """The decisions, and the network that they make."""
+    net, choice = make(texts, known, clock or Clock(1.0))
+    return net, choice.decisions
+
+
+def make(texts: str | Sequence[str], known: Survey, clock: Clock) -> tuple[nn.Module, Choice]:
     net = network()
     mapped = trace(net, (X,))
     budgets = parse_budgets(texts)
-    found = choose(net, mapped, known, budgets, clock or Clock(1.0), macs=count_macs(net, (X,)))
-    chosen = {name: decision.candidate for name, decision in found.items()}
+    found = choose(net, mapped, known, budgets, clock, macs=count_macs(net, (X,)))
+    chosen = {name: decision.candidate for name, decision in found.decisions.items()}
     return convert(net, mapped, sketch(mapped, chosen)).model, found
 
 
@@ -103,6 +108,29 @@ def test_what_the_sum_of_layers_promises_is_corrected(caplog: pytest.LogCaptureF
     # The layers that cost the network least are cut most.
     groups = [found[name].candidate.structure.groups for name in NAMES]
     assert groups == sorted(groups, reverse=True)
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.8, 1.0, 1.3])
+def test_the_time_of_the_network_is_predicted(factor: float) -> None:
+    clock = Clock(factor)
+    net, found = make("60%", survey(), clock)
+    assert found.latency == pytest.approx(clock.seconds(net) / (REST + 4e-3), rel=0.1)
+    net, found = make(["50%macs", "90%"], survey(), Clock(1.0))
+    assert found.latency == pytest.approx(Clock(1.0).seconds(net) / (REST + 4e-3))
+    assert make("50%macs", survey(), Clock(1.0))[1].latency is None
+
+
+def test_time_that_is_left_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers that save more in the network than alone are cut less."""
+    clock = Clock(0.6)
+    with caplog.at_level(logging.INFO, logger="groupconv.optimize.choose"):
+        net, _ = make("60%", survey(), clock)
+    alone, _ = make("60%", survey(), Clock(1.0))
+    assert len(caplog.messages) > 1
+    assert sum(net.get_submodule(n).groups for n in NAMES) < sum(
+        alone.get_submodule(n).groups for n in NAMES
+    )
+    assert clock.seconds(net) <= 0.6 * (REST + 4e-3)
 
 
 def test_a_network_that_never_holds_the_budget() -> None:

@@ -47,7 +47,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The keys of each interleaved run; the times are what the calls return."""
     found: list[set[str]] = []
 
-    def interleave(calls: dict[str, Callable[[], float]], seconds: float, rest: float) -> dict[str, Timing]:
+    def interleave(
+        calls: dict[str, Callable[[], float]], seconds: float, rest: float
+    ) -> dict[str, Timing]:
         assert seconds > 0
         found.append(set(calls))
         return {key: Timing(call(), 0.0, 0.0, 5) for key, call in calls.items()}

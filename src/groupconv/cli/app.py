@@ -9,6 +9,7 @@ import typer
 
 from groupconv.cli import (
     apply,
+    bench,
     cache,
     compile,
     demo,
@@ -38,6 +39,7 @@ app.command()(plan.plan)
 app.command()(apply.apply)
 app.command()(compile.compile)
 app.command()(export.export)
+app.command()(bench.bench)
 app.command()(explain.explain)
 app.command()(cache.cache)
 app.command()(doctor.doctor)

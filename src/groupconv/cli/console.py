@@ -25,5 +25,9 @@ def show_progress() -> None:
 
 def print_json(values: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
-    json.dump(values, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    sys.stdout.write(json_text(values))
+
+
+def json_text(values: Mapping[str, Any]) -> str:
+    """One JSON object as a file or standard output has it."""
+    return json.dumps(values, indent=1) + "\n"

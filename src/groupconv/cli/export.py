@@ -10,18 +10,18 @@ import typer
 
 import groupconv
 from groupconv.cli.console import JsonFlag, people, print_json
-from groupconv.cli.models import load_data, load_trained, sizes
-from groupconv.cli.options import ModelArgument, Shape, Weights
+from groupconv.cli.models import load_data, load_finished, sizes
+from groupconv.cli.options import ModelArgument, Optimized, Shape, Weights
 from groupconv.data import load_images
 
 
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="File: .onnx, .xml (OpenVINO) or .tflite.")],
+    out: Annotated[
+        Path, typer.Argument(help="File: .onnx, .xml (OpenVINO), .tflite, .pt2 or .groupconv.")
+    ],
     weights: Weights = None,
-    optimized: Annotated[
-        Path | None, typer.Option(help="Folder that optimize wrote: export its network.")
-    ] = None,
+    optimized: Optimized = None,
     shape: Shape = "1,3,224,224",
     data: Annotated[
         str | None, typer.Option(help="Images to compare on; default: random numbers.")
@@ -31,10 +31,8 @@ def export(
 ) -> None:
     """Write a network to a file, run it in its runtime, and compare it with PyTorch."""
     metadata = {"groupconv": groupconv.__version__}
-    if optimized is None:
-        net = load_trained(model, weights)
-    else:
-        net = groupconv.load(optimized, load_trained(model, weights)).eval()
+    net = load_finished(model, weights, optimized)
+    if optimized is not None:
         plan = (optimized / "plan.json").read_bytes()
         metadata["groupconv_plan"] = hashlib.sha256(plan).hexdigest()
     size = sizes(shape)

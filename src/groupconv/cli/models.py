@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+import groupconv
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, DataError
 
@@ -49,6 +50,12 @@ def load_trained(name: str, weights: Path | None) -> nn.Module:
     if weights is None and ".py:" not in name:
         people.print(f"{name} has random weights: give its trained ones with --weights")
     return load_model(name, weights)
+
+
+def load_finished(name: str, weights: Path | None, optimized: Path | None) -> nn.Module:
+    """:func:`load_trained`, or what ``optimize`` made of it, from the folder that it wrote."""
+    net = load_trained(name, weights)
+    return net if optimized is None else groupconv.load(optimized, net).eval()
 
 
 def load_data(name: str) -> Any:

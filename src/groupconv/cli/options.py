@@ -14,7 +14,13 @@ Shape = Annotated[str, typer.Option(help="Input shape.")]
 Weights = Annotated[Path | None, typer.Option(help="State dict to load.")]
 Target = Annotated[
     str,
-    typer.Option(help="Runtime whose time counts: eager, native, onnxruntime, openvino or litert."),
+    typer.Option(
+        help="Runtime whose time counts: eager, inductor, native, onnxruntime, openvino, litert."
+    ),
+]
+
+Optimized = Annotated[
+    Path | None, typer.Option(help="Folder that optimize wrote: take its network.")
 ]
 
 # Of the verbs that change one.

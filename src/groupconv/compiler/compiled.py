@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +94,16 @@ class Compiled(nn.Module):
         """What runs on native code, what PyTorch runs, why, and how long it takes."""
         return report(*self._chosen(inputs))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write the network to a file that :func:`groupconv.load_compiled` reads.
+
+        Args:
+            metadata: kept in the file, in ``program.json``.
 
         Raises:
             DataError: a part that PyTorch runs can't be written.
         """
-        store.save(self.programs.values(), self.library, path)
+        store.save(self.programs.values(), self.library, path, metadata)
 
     def _chosen(self, inputs: tuple[Tensor, ...]) -> tuple[Program, tuple[Tensor, ...]]:
         if inputs:

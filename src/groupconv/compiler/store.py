@@ -8,7 +8,7 @@ made anew. Native code is loaded from the file: load only files that you trust.
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,9 +34,15 @@ _HEAD, _WEIGHTS = "program.json", "weights.safetensors"
 
 
 def save(
-    programs: Iterable[tuple[Program, pytree.TreeSpec]], library: Library, path: str | Path
+    programs: Iterable[tuple[Program, pytree.TreeSpec]],
+    library: Library,
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write programs of one library, each with the structure of what it returns.
+
+    Args:
+        metadata: of the user's.
 
     Raises:
         DataError: an argument of a part that PyTorch runs can't be written, or the file can't.
@@ -59,6 +65,7 @@ def save(
     codes[runner.name(library.machine)] = runner.object_code(library.machine)
     head = {
         "format": _FORMAT,
+        "metadata": dict(metadata or {}),
         "made": _maker(library),
         "programs": graphs,
         "tiles": {name: asdict(made.tile) for name, made in kernels.items()},

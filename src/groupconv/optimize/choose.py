@@ -1,7 +1,8 @@
 """The choice of structures: solve, build, measure the whole network, correct, solve again.
 
-The times of layers do not quite add up to the time of the network, so the budget of the linear
-program is corrected until the network as a whole holds it.
+What layers save alone is not quite what the network saves, so what the linear program takes for
+their savings is scaled by what the last network really saved, until one holds the budget and does
+not leave much of it.
 """
 
 import logging
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from groupconv.errors import BudgetError
 from groupconv.optimize.budget import Budget
-from groupconv.optimize.convert import convert
+from groupconv.optimize.convert import Settled, convert
 from groupconv.optimize.menu import Candidate
 from groupconv.optimize.select import Bound, select
 from groupconv.optimize.settle import sketch
@@ -24,6 +25,10 @@ from groupconv.timing import Timing
 log = logging.getLogger(__name__)
 
 _SOLVES = 6
+# A network that takes less than this share of what it may take could be more accurate.
+_USED = 0.95
+# The same choice once more would measure the same.
+_STRICTER = 0.97
 # The error of the output that all the time of the layers is worth: it decides between structures
 # that lose nearly the same.
 _WORTH_OF_TIME = 1e-3
@@ -46,6 +51,20 @@ class Decision:
     why: str
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What stands in place of every layer.
+
+    Args:
+        decisions: layer name to what was decided, dense layers too.
+        latency: predicted, as a share of the original network's; None where the budget is not
+            about time, or nothing is changed.
+    """
+
+    decisions: dict[str, Decision]
+    latency: float | None = None
+
+
 Latency = Callable[[nn.Module, str], tuple[Timing, Timing]]
 
 
@@ -57,7 +76,7 @@ def choose(
     latency: Latency,
     *,
     macs: int,
-) -> dict[str, Decision]:
+) -> Choice:
     """The structures that lose least within the budgets.
 
     Args:
@@ -67,9 +86,6 @@ def choose(
         latency: times the original and another network, the latter under a name for what was
             chosen, in one interleaved run.
         macs: of the original network, for one image.
-
-    Returns:
-        layer name to what was decided, dense layers too.
 
     Raises:
         BudgetError: nothing on the menus meets the budgets.
@@ -95,45 +111,95 @@ def choose(
         log.warning("the budget needs layers that measure slower than dense")
         allowed, refused = {name: list(range(len(menu))) for name, menu in survey.menus.items()}, {}
     losses = {name: [_loss(survey, name, i) for i in allowed[name]] for name in allowed}
-    correction = 1.0
-    for solve in range(1, _SOLVES + 1):
+
+    def decide(scale: float) -> dict[str, Decision]:
+        scaled = costs | {q: _scaled(costs[q], scale) for q in costs if q == "latency"}
         bounds = [
-            Bound(
-                q,
-                {name: [costs[q][name][i] for i in allowed[name]] for name in allowed},
-                most[q] * (correction if q == "latency" else 1.0) - rest[q],
-            )
+            Bound(q, {n: [scaled[q][n][i] for i in allowed[n]] for n in allowed}, most[q] - rest[q])
             for q in needs
         ]
-        try:
-            picked = {n: allowed[n][i] for n, i in select(losses, bounds).items()}
-        except BudgetError as error:
-            raise BudgetError(_unmet(budgets, needs, rest, most, error)) from error
-        decisions = _decided(survey, picked, refused)
+        picked = {n: allowed[n][i] for n, i in select(losses, bounds).items()}
+        return _decided(survey, picked, refused)
+
+    try:
+        decisions = decide(1.0)
+    except BudgetError as error:
+        raise BudgetError(_unmet(budgets, needs, rest, most, error)) from error
+    if "latency" not in needs:
+        return Choice(decisions)
+    (budget,) = (budget for budget in budgets if budget.quantity == "latency")
+
+    def measure(changed: dict[str, Settled], name: str) -> tuple[float, float]:
+        before, after = latency(convert(model, mapped, changed).model, name)
+        return before.median, after.median
+
+    return _in_time(decide, decisions, measure, mapped, budget, needs["latency"])
+
+
+def _in_time(
+    decide: Callable[[float], dict[str, Decision]],
+    decisions: dict[str, Decision],
+    measure: Callable[[dict[str, Settled], str], tuple[float, float]],
+    mapped: Trace,
+    budget: Budget,
+    whole: float,
+) -> Choice:
+    """The choice whose network, as a whole, holds a budget of time.
+
+    Args:
+        decide: what to choose if layers save so many times what they do alone.
+        decisions: what to choose at first.
+        measure: the seconds of the original network and of one with some layers changed, which has
+            a name.
+        mapped: trace of the network.
+        budget: of time.
+        whole: seconds of the original network.
+    """
+    scale, best, longest = 1.0, None, 0.0
+    seen: list[dict[str, Decision]] = []
+    for solve in range(1, _SOLVES + 1):
         chosen = {name: decision.candidate for name, decision in decisions.items()}
         changed = sketch(mapped, chosen)
-        if "latency" not in needs or not changed:
-            return decisions
+        if not changed:
+            return best or Choice(decisions)
         name = " ".join(f"{n}:{c}" for n, c in chosen.items() if c.structure != DENSE)
-        before, after = latency(convert(model, mapped, changed).model, name)
+        before, after = measure(changed, name)
         # A relative budget is held against the original in the same run.
-        (budget,) = (budget for budget in budgets if budget.quantity == "latency")
-        allowance = budget.bound(before.median)
+        allowance = budget.bound(before)
+        saved = sum(dense - taken for dense, taken in (d.seconds for d in decisions.values()))
+        predicted = 1 - scale * saved / whole
         log.info(
             "solve %d: %d layers changed, predicted %.3f ms, measured %.3f ms of %.3f ms",
-            solve,
-            len(changed),
-            1e3 * (rest["latency"] + sum(d.seconds[1] for d in decisions.values())),
-            1e3 * after.median,
-            1e3 * allowance,
+            solve, len(changed), 1e3 * predicted * before, 1e3 * after, 1e3 * allowance,
+        )  # fmt: skip
+        if longest < after <= allowance:
+            best, longest = Choice(decisions, predicted), after
+        if _USED * allowance <= after <= allowance:
+            break
+        seen.append(decisions)
+        scale = max((before - after) / saved, 1 - _STRICTER)
+        try:
+            while (decisions := decide(scale)) in seen and best is None:
+                scale *= _STRICTER
+        except BudgetError:
+            break
+        if decisions in seen:
+            break
+    if best is None:
+        raise BudgetError(
+            f"budget={budget.text!r}: after {solve} corrections the network still takes "
+            f"{1e3 * after:.3f} ms where {1e3 * allowance:.3f} ms are allowed"
         )
-        if after.median <= allowance:
-            return decisions
-        correction *= 0.98 * allowance / after.median
-    raise BudgetError(
-        f"budget={budget.text!r}: after {_SOLVES} corrections the network still takes "
-        f"{1e3 * after.median:.3f} ms where {1e3 * allowance:.3f} ms are allowed"
-    )
+    return best
+
+
+def _scaled(costs: Mapping[str, Sequence[float]], scale: float) -> dict[str, list[float]]:
+    """Times of candidates that save so many times what they do alone."""
+    return {
+        name: [dense - scale * (dense - time) for time in times]
+        for name, times in costs.items()
+        for dense in times[:1]
+    }
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

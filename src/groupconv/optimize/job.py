@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from groupconv.data import Images
 from groupconv.busy import require_quiet
+from groupconv.data import Images
 from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.evaluate import run
@@ -135,9 +135,7 @@ class Job:
             "before": self.target.build(self.model, example),
             "after": self.target.build(net, example),
         }
-        timings = interleave(
-            calls, seconds=3.0, min_runs=7, max_runs=400, rest=self.target.rest
-        )
+        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400, rest=self.target.rest)
         return timings["before"], timings["after"]
 
     def example(self, batch: int) -> Tensor:

@@ -31,6 +31,7 @@ class Plan:
             the order of the channels between layers.
         reasons: name of the layer to why it is as it is, dense ones too.
         budget, target, seed: what the plan was made for.
+        latency: predicted, as a share of the original network's, or None.
     """
 
     layers: Mapping[str, Settled]
@@ -38,6 +39,7 @@ class Plan:
     budget: str = ""
     target: str = ""
     seed: int = 0
+    latency: float | None = None
 
     def to_json(self) -> str:
         """JSON with one line per list of channels."""
@@ -50,6 +52,7 @@ class Plan:
             "budget": self.budget,
             "target": self.target,
             "seed": self.seed,
+            "latency": self.latency,
             "reasons": dict(self.reasons),
         }
         opening = json.dumps(head, indent=1).removesuffix("\n}")
@@ -68,7 +71,8 @@ class Plan:
                 raise DataError(f"plan: format {values['format']!r} must be {_FORMAT}")
             layers = {name: _settled(name, layer) for name, layer in values["layers"].items()}
             head = (values["budget"], values["target"], int(values["seed"]))
-            return cls(layers, values.get("reasons", {}), *head)
+            latency = None if values.get("latency") is None else float(values["latency"])
+            return cls(layers, values.get("reasons", {}), *head, latency)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"plan: not a plan of groupconv: {error!r}") from error
 

@@ -67,10 +67,11 @@ class Planner:
         """
         job = self.job
         with job.step("select"):
-            decisions = choose(
+            choice = choose(
                 job.model, job.mapped, self.survey, budgets, job.known_latency, macs=job.macs
             )
         with job.step("settle"):
+            decisions = choice.decisions
             chosen = {name: decision.candidate for name, decision in decisions.items()}
             slopes = {
                 name: self.survey.sensitivities[name].slope(candidate.loss)
@@ -80,7 +81,8 @@ class Planner:
             layers = settle(job.mapped, chosen, slopes, job.searches)
         reasons = {name: decision.why for name, decision in decisions.items()}
         text = ", ".join(budget.text for budget in budgets)
-        return Plan(layers, reasons, text, job.target.name, job.seed), decisions
+        plan = Plan(layers, reasons, text, job.target.name, job.seed, choice.latency)
+        return plan, decisions
 
 
 def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:

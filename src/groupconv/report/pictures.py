@@ -104,6 +104,30 @@ def sweep_picture(reports: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
+def bench_picture(found: Mapping[str, Any]) -> str:
+    """Latency, throughput and memory of one network in every runtime that ran it."""
+    rows = [row for row in found["results"] if row["why_not"] is None]
+    panels: list[tuple[str, list[float]]] = [
+        ("latency, ms", [1e3 * row["latency"]["median"] for row in rows]),
+        (f"images/s, batch {found['batch']}", [row["throughput"] for row in rows]),
+        ("memory, MB", [(row["memory"] or 0) / 1e6 for row in rows]),
+    ]
+    figure = Figure(figsize=(10.0, 1.2 + 0.4 * len(rows)), layout="constrained")
+    names = [row["target"] for row in rows]
+    colours = [_AFTER if name == "native" else _BEFORE for name in names]
+    for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+        bars = axes.barh(names, values, color=colours)
+        axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, 1.2 * max(values, default=1.0) or 1.0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_yaxis()
+    shapes = " and ".join("x".join(map(str, shape)) for shape in found["shapes"])
+    threads = found["machine"]["threads"]
+    figure.suptitle(f"{found['network']}, {shapes}, {threads} thread(s)", fontsize=11)
+    return _svg(figure)
+
+
 def _best(points: Sequence[tuple[float, float]], sign: float) -> list[tuple[float, float]]:
     """The points that none beats, from left to right; more of ``sign`` times height is better."""
     best: list[tuple[float, float]] = []

@@ -104,6 +104,49 @@ def baseline_table(report: Mapping[str, Any]) -> Table:
     return _table("Beside it, on the same images and without recovery", baseline_rows(report))
 
 
+def bench_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A header, and what was measured of each runtime that ran the network."""
+    rows: list[tuple[str, ...]] = [
+        ("runtime", "ms", "quartiles", "images/s", "memory MB", "file MB", "difference")
+    ]
+    for row in found["results"]:
+        if row["why_not"] is None:
+            q1, median, q3 = (f"{1e3 * row['latency'][key]:.3f}" for key in ("q1", "median", "q3"))
+            rows.append(
+                (
+                    row["target"],
+                    median,
+                    f"{q1}-{q3}",
+                    f"{row['throughput']:.1f}",
+                    "?" if row["memory"] is None else f"{row['memory'] / 1e6:.1f}",
+                    f"{row['bytes'] / 1e6:.1f}",
+                    f"{row['agreement']['largest']:.0e}",
+                )
+            )
+    return rows
+
+
+def bench_table(found: Mapping[str, Any]) -> Table:
+    """The same for the terminal, with the reasons of those that did not run it."""
+    machine = found["machine"]
+    table = _table(
+        f"{found['network']}, {_sizes(found)}: {machine['processor']}, "
+        f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}",
+        bench_rows(found),
+    )
+    lines = [
+        f"images/s: in passes of {found['batch']}; memory: of a process of its own, weights "
+        "included; difference: from PyTorch, over the largest number of the output"
+    ]
+    lines += [f"{row['target']}: {row['why_not'] or row['version']}" for row in found["results"]]
+    table.caption = "\n".join(lines)
+    return table
+
+
+def _sizes(found: Mapping[str, Any]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in found["shapes"])
+
+
 def _quality(row: Mapping[str, Any]) -> str:
     """What is known of a network's outputs: accuracy, else agreement, else error."""
     if row["accuracy"] is not None:

@@ -2,12 +2,11 @@
 
 from groupconv.errors import ArgumentError
 from groupconv.targets.base import Target
-from groupconv.targets.eager import Eager
+from groupconv.targets.bench import Bench, bench
 from groupconv.targets.export import FILE_TARGETS, Exported, export
-from groupconv.targets.native import Native
 from groupconv.targets.table import LatencyTable
 
-_TARGETS: dict[str, Target] = {target.name: target for target in (Eager(), Native(), *FILE_TARGETS)}
+_TARGETS: dict[str, Target] = {target.name: target for target in FILE_TARGETS}
 
 
 def get_target(name: str) -> Target:
@@ -25,4 +24,4 @@ def get_target(name: str) -> Target:
     return target
 
 
-__all__ = ["Exported", "LatencyTable", "Target", "export", "get_target"]
+__all__ = ["Bench", "Exported", "LatencyTable", "Target", "bench", "export", "get_target"]

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class Target(ABC):
@@ -50,6 +52,28 @@ class Opened:
     feed: Callable[[Sequence[Tensor]], None]
     run: Callable[[], object]
     outputs: Callable[[], list[Tensor]]
+
+
+def opened(function: Callable[..., object], inputs: Sequence[Tensor]) -> Opened:
+    """A function of tensors, made ready: it reads copies of ``inputs``, laid out as they are."""
+    fed = [x.detach().clone() for x in inputs]
+    latest: list[object] = []
+
+    def feed(inputs: Sequence[Tensor]) -> None:
+        for place, x in zip(fed, inputs, strict=True):
+            place.copy_(x)
+
+    def run() -> object:
+        latest.clear()
+        with torch.inference_mode():
+            latest.append(function(*fed))
+        return latest[0]
+
+    return Opened(
+        feed=feed,
+        run=run,
+        outputs=lambda: [x for x in pytree.tree_leaves(latest) if isinstance(x, Tensor)],
+    )
 
 
 class FileTarget(Target):

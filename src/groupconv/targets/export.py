@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError, DataError
 from groupconv.targets.base import FileTarget
+from groupconv.targets.eager import Eager
+from groupconv.targets.inductor import Inductor
 from groupconv.targets.litert import LiteRt
+from groupconv.targets.native import Native
 from groupconv.targets.onnxruntime import OnnxRuntime
 from groupconv.targets.openvino import OpenVino
 from groupconv.targets.verify import Agreement, verify
 
-FILE_TARGETS: tuple[FileTarget, ...] = (OnnxRuntime(), OpenVino(), LiteRt())
+FILE_TARGETS: tuple[FileTarget, ...] = (
+    Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ def export(
     Args:
         model: in evaluation mode.
         example_inputs: the network's arguments.
-        path: the suffix tells the format: ``.onnx`` (ONNX Runtime), ``.xml`` (OpenVINO) or
-            ``.tflite`` (LiteRT).
+        path: the suffix tells the format: ``.onnx`` (ONNX Runtime), ``.xml`` (OpenVINO),
+            ``.tflite`` (LiteRT), ``.pt2`` (PyTorch) or ``.groupconv`` (native).
         images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
             alone if there are none.
         metadata: kept in the file.
@@ -88,13 +93,28 @@ def export(
         batches = [(x,) for x in images.split(len(inputs[0])) if len(x) == len(inputs[0])]
         if not batches:
             raise ArgumentError(f"export: {len(images)} images are less than one batch")
+    return written(target, model, batches, path, metadata)
+
+
+def written(
+    target: FileTarget,
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, ...]],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> Exported:
+    """The file of a target, compared with PyTorch on ``batches``, all of one size.
+
+    Raises:
+        DataError, ExportError: as :func:`export`.
+    """
     try:
         # In a folder of its own, so that a file that was there before stays until the new one is
         # known to be right.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             new = Path(folder) / path.name
             with torch.no_grad():
-                target.export(model, inputs, new, metadata)
+                target.export(model, batches[0], new, metadata)
             agreement = verify(target, new, model, batches)
             nodes = target.nodes(new)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -108,7 +128,8 @@ def export(
 def _target(path: Path) -> FileTarget:
     target = next((t for t in FILE_TARGETS if t.suffix == path.suffix), None)
     if target is None:
-        legal = ", ".join(f"{t.suffix} ({t.name})" for t in FILE_TARGETS)
+        known = {t.suffix: t.name for t in reversed(FILE_TARGETS)}
+        legal = ", ".join(f"{suffix} ({name})" for suffix, name in reversed(known.items()))
         raise ArgumentError(f"path={str(path)!r}: the suffix must be one of {legal}")
     reason = target.why_not()
     if reason is not None:
