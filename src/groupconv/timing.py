@@ -69,7 +69,7 @@ def interleave(
 
 def _turn(call: Callable[[], object], seconds: float) -> list[float]:
     """Times of passes, one at least."""
-    samples = []
+    samples: list[float] = []
     begin = start = time.perf_counter()
     while not samples or start - begin < seconds:
         call()

@@ -66,17 +66,24 @@ def test_what_is_timed_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         assert [shape[0] for who, shape in opened if who == name] == [1, 1, 5]
 
 
-def test_why_a_runtime_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, native = (type(get_target(name)) for name in HERE)
-    monkeypatch.setattr(eager, "why_not", lambda self: "it is Sunday")
+def refuse(self: object, *arguments: object) -> None:
+    raise ExportError("the format can't hold it")
 
-    def refuse(self: object, *arguments: object) -> None:
-        raise ExportError("the format can't hold it")
 
-    monkeypatch.setattr(native, "export", refuse)
-    found = groupconv.bench(network(), X, targets=HERE, seconds=0)
-    assert [r.why_not for r in found.results] == ["it is Sunday", "the format can't hold it"]
-    assert all(r.latency is r.throughput is r.bytes is r.agreement is None for r in found.results)
+@pytest.mark.parametrize(
+    ("method", "does", "reason"),
+    [
+        ("why_not", lambda self: "it is Sunday", "it is Sunday"),
+        ("export", refuse, "the format can't hold it"),
+    ],
+)
+def test_why_a_runtime_has_no_time(
+    method: str, does: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_target("native")), method, does)
+    eager, native = groupconv.bench(network(), X, targets=HERE, seconds=0).results
+    assert (eager.why_not, native.why_not) == (None, reason)
+    assert native.latency is native.throughput is native.bytes is native.agreement is None
 
 
 def test_no_runtime_has_a_time() -> None:

@@ -102,6 +102,7 @@ class Finish:
             fitted=fitted,
             quality=quality,
             latency=latency,
+            predicted=plan.latency,
             macs=(job.macs, job.count_macs(converted.model)),
             steps=job.steps,
             settings={
@@ -191,7 +192,7 @@ class Finish:
             )
             for conv in convs
         }
-        times = layer_times(timed, job.target, job.table, job.batch_size)
+        times = layer_times(timed, job.table, job.batch_size)
         return [
             LayerRow(
                 conv.name,

@@ -65,6 +65,7 @@ def summarize(
     fitted: Quality,
     quality: Quality,
     latency: tuple[Timing, Timing],
+    predicted: float | None,
     macs: tuple[int, int],
     steps: Mapping[str, float],
     settings: Mapping[str, Any],
@@ -77,6 +78,7 @@ def summarize(
         left: name of what could not be traced to the reason.
         fitted, quality: the converted network before and after recovery.
         latency: of the whole networks, in one interleaved run.
+        predicted: latency of the network as a share of the original's, if the plan says so.
         macs: of the whole networks.
         steps: seconds of each step of the run.
         settings: arguments of the run.
@@ -96,6 +98,7 @@ def summarize(
         "latency": _pair(latency[0].median, latency[1].median),
         "latency_spread": _pair(asdict(latency[0]), asdict(latency[1])),
         "speedup": latency[0].median / latency[1].median,
+        "predicted_speedup": None if predicted is None else 1 / predicted,
         "macs": _pair(*macs),
         "params": _pair(*params),
         "layers": [layer.to_dict() for layer in layers],

@@ -105,6 +105,9 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = dict(report["settings"])
     settings["input_shape"] = "x".join(map(str, settings["input_shape"]))
     facts = [(key.replace("_", " "), str(value)) for key, value in settings.items()]
+    if report["predicted_speedup"] is not None:
+        speeds = (report["predicted_speedup"], report["speedup"])
+        facts.append(("speedup", "predicted {:.2f}x, measured {:.2f}x".format(*speeds)))
     facts += [(key, str(value)) for key, value in report["machine"].items()]
     steps = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
     return [*facts, ("seconds", steps)]

@@ -115,16 +115,18 @@ def bench_picture(found: Mapping[str, Any]) -> str:
     figure = Figure(figsize=(10.0, 1.2 + 0.4 * len(rows)), layout="constrained")
     names = [row["target"] for row in rows]
     colours = [_AFTER if name == "native" else _BEFORE for name in names]
-    for axes, (title, values) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
+    every = figure.subplots(1, 3, sharey=True)
+    every[0].invert_yaxis()
+    for axes, (title, values) in zip(every, panels, strict=True):
         bars = axes.barh(names, values, color=colours)
         axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.set_xlim(0, 1.2 * max(values, default=1.0) or 1.0)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.invert_yaxis()
     shapes = " and ".join("x".join(map(str, shape)) for shape in found["shapes"])
     threads = found["machine"]["threads"]
-    figure.suptitle(f"{found['network']}, {shapes}, {threads} thread(s)", fontsize=11)
+    plural = "s" * (threads != 1)
+    figure.suptitle(f"{found['network']}, {shapes}, {threads} thread{plural}", fontsize=11)
     return _svg(figure)
 
 
