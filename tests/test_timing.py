@@ -77,6 +77,19 @@ def test_workers_of_one_call_are_waited_for(clock: Clock) -> None:
     assert starts[8] - starts[7] == 2 + 5
 
 
+def test_what_happens_between_two_passes() -> None:
+    """Is done before each timed pass; the turn begins with a pass that is not timed."""
+    calls: list[str] = []
+    result = interleave(
+        {name: lambda name=name: calls.append(name) for name in "AB"},
+        seconds=0,
+        min_runs=2,
+        between=lambda: calls.append("-"),
+    )
+    assert "".join(calls) == "AABB" + 2 * "A-AB-B"
+    assert result["A"].runs == 2
+
+
 def test_a_slow_first_call_is_not_counted(clock: Clock) -> None:
     durations = iter([500.0, 400.0, 3.0, 1.0, 2.0, 5.0, 4.0])
 

@@ -35,6 +35,7 @@ def interleave(
     min_runs: int = 5,
     max_runs: int = 200,
     rest: float = 0.0,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every call in turn until ``seconds`` have passed, so that noise meets all alike.
 
@@ -47,6 +48,8 @@ def interleave(
         rest: seconds for which worker threads of one call keep their cores busy, waiting for more
             work, which others would pay for. Before each turn they are waited for; the next call
             then wakes its own in one untimed pass, and its turn lasts as long as the rest.
+        between: what happens between two passes of one call where it really runs. Done before
+            each timed pass, and an untimed pass at the beginning of the turn.
 
     Returns:
         name to :class:`Timing`.
@@ -62,20 +65,24 @@ def interleave(
         for name, call in calls.items():
             if rest:
                 time.sleep(rest)
+            if rest or between:
                 call()
-            samples[name] += _turn(call, rest)
+            samples[name] += _turn(call, rest, between)
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
-def _turn(call: Callable[[], object], seconds: float) -> list[float]:
+def _turn(
+    call: Callable[[], object], seconds: float, between: Callable[[], object] | None
+) -> list[float]:
     """Times of passes, one at least."""
     samples: list[float] = []
-    begin = start = time.perf_counter()
-    while not samples or start - begin < seconds:
+    end = time.perf_counter() + seconds
+    while not samples or time.perf_counter() < end:
+        if between:
+            between()
+        start = time.perf_counter()
         call()
-        now = time.perf_counter()
-        samples.append(now - start)
-        start = now
+        samples.append(time.perf_counter() - start)
     return samples
 
 

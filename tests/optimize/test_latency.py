@@ -36,6 +36,7 @@ class Counted(Target):
         self.built.append((module, tuple(inputs[0].shape)))
         if isinstance(module, ChannelPermutation):
             assert not module.is_identity
+            assert not module.training
             return lambda: PERMUTED * math.prod(inputs[0].shape)
         assert not module.training
         seconds = 1e-9 * count_macs(module, inputs)
@@ -48,7 +49,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     found: list[set[str]] = []
 
     def interleave(
-        calls: dict[str, Callable[[], float]], seconds: float, rest: float
+        calls: dict[str, Callable[[], float]], seconds: float, **_: object
     ) -> dict[str, Timing]:
         assert seconds > 0
         found.append(set(calls))
@@ -72,7 +73,7 @@ def test_every_structure_has_its_own_time_of_the_whole_batch() -> None:
     pairs = [Pair(middle, 4, 1, False) for middle in (8, 16, 24)]
     structures = [DENSE, Grouped(2), Grouped(8), *pairs, Pair(8, 4, 4, True), Pair(8, 1, 1, False)]
     target = Counted()
-    times = layer_times({"a": (conv, plain(*structures))}, LatencyTable(target), 3)
+    times = layer_times({"a": (conv, plain(*structures))}, LatencyTable(target), 3, 0)
     expected = [3e-9 * macs(structure, conv.spec) for structure in structures]
     assert times["a"] == pytest.approx(expected)
     assert len(set(expected)) == len(structures)
@@ -83,7 +84,7 @@ def test_explicit_permutations_are_timed_once_and_added() -> None:
     conv = layer(nn.Conv2d(8, 4, 3), 5, 5)
     asked = [(Grouped(2), a, b) for a in (False, True) for b in (False, True)]
     target = Counted()
-    times = layer_times({"a": (conv, asked)}, LatencyTable(target), 2)["a"]
+    times = layer_times({"a": (conv, asked)}, LatencyTable(target), 2, 0)["a"]
     before, after = PERMUTED * 2 * 8 * 5 * 5, PERMUTED * 2 * 4 * 3 * 3
     alone = 2e-9 * macs(Grouped(2), conv.spec)
     assert times == pytest.approx([alone, alone + after, alone + before, alone + before + after])
@@ -92,24 +93,48 @@ def test_explicit_permutations_are_timed_once_and_added() -> None:
     assert len(target.built) == 3
 
 
+def test_layers_are_timed_as_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the activation that follows, the weights of the others having been read."""
+    net = nn.Sequential(
+        *(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.SiLU(inplace=True)),
+        *(nn.Conv2d(4, 4, 1), nn.Softmax(1), nn.Conv2d(4, 4, 1), nn.ReLU6()),
+    ).eval()
+    convs = trace(net, (torch.randn(2, 4, 3, 3),)).convs
+    read: list[int] = []
+
+    def interleave(
+        calls: dict[str, Callable[[], float]], between: Callable[[], Tensor], **_: object
+    ) -> dict[str, Timing]:
+        read.append(int(between()))
+        return {key: Timing(call(), 0.0, 0.0, 5) for key, call in calls.items()}
+
+    monkeypatch.setattr(sys.modules["groupconv.targets.table"], "interleave", interleave)
+    target = Counted()
+    layer_times({conv.name: (conv, plain(DENSE)) for conv in convs}, LatencyTable(target), 1, 400)
+    kinds = [[type(m).__name__ for m in module.modules()][1:] for module, _ in target.built]
+    assert kinds == [["Conv2d", "SiLU"], [], ["Conv2d", "ReLU6"]]
+    # All numbers that are read are one.
+    assert read == [100, 100, 100]
+
+
 def test_equal_layers_are_measured_once(runs: list[set[str]]) -> None:
     one, other = (layer(nn.Conv2d(8, 8, 3, padding=1, bias=b), 6, 6) for b in (True, False))
     asked = [(DENSE, False, False), (Grouped(4), True, False)]
     table = LatencyTable(target := Counted())
-    times = layer_times({"a": (one, asked), "b": (other, asked)}, table, 1)
+    times = layer_times({"a": (one, asked), "b": (other, asked)}, table, 1, 0)
     assert times["a"] == times["b"]
     assert len(runs) == 1
     assert len(target.built) == 3
     # Known already, in any order and number.
-    again = layer_times({"c": (other, asked[::-1])}, table, 1)
+    again = layer_times({"c": (other, asked[::-1])}, table, 1, 0)
     assert again["c"] == times["a"][::-1]
     assert len(runs) == 1
 
 
 def test_what_is_compared_was_timed_in_one_run(runs: list[set[str]]) -> None:
     conv, table = layer(nn.Conv2d(8, 8, 3), 6, 6), LatencyTable(Counted())
-    layer_times({"a": (conv, plain(DENSE, Grouped(2)))}, table, 1)
-    layer_times({"a": (conv, plain(DENSE, Grouped(4)))}, table, 1)
+    layer_times({"a": (conv, plain(DENSE, Grouped(2)))}, table, 1, 0)
+    layer_times({"a": (conv, plain(DENSE, Grouped(4)))}, table, 1, 0)
     assert [len(keys) for keys in runs] == [2, 2]
     assert len(runs[0] & runs[1]) == 1
 
@@ -129,7 +154,7 @@ def test_other_sizes_settings_and_batches_are_measured() -> None:
     table = LatencyTable(target := Counted())
     for batch in (1, 2):
         times = layer_times(
-            {str(i): (conv, plain(DENSE)) for i, conv in enumerate(layers)}, table, batch
+            {str(i): (conv, plain(DENSE)) for i, conv in enumerate(layers)}, table, batch, 0
         )
         for i, conv in enumerate(layers):
             assert times[str(i)] == pytest.approx([1e-9 * batch * macs(DENSE, conv.spec)])
@@ -152,7 +177,7 @@ def test_what_is_timed_has_the_sizes_of_the_layer(
     size = (7, 6, 5)[: len(convolution.kernel_size)]
     target = Counted()
     conv = layer(convolution, *size)
-    layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 2)
+    layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 2, 0)
     ((module, shape),) = target.built
     assert module(torch.randn(shape)).shape == (2, 16, *conv.spec.output_size)
     assert all(parameter.isfinite().all() for parameter in module.parameters())
@@ -174,7 +199,7 @@ def test_uneven_padding_of_a_strided_layer(structure: Grouped | Pair) -> None:
     )
     axis = layer(nn.Conv2d(8, 8, 1), 8, 7).inputs
     conv, target = TracedConv("a", spec, None, (), axis, axis), Counted()
-    times = layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 1)
+    times = layer_times({"a": (conv, plain(structure))}, LatencyTable(target), 1, 0)
     assert times["a"] == pytest.approx([1e-9 * macs(structure, spec)])
     ((module, shape),) = target.built
     assert module(torch.randn(shape)).shape == (1, 8, 4, 4)

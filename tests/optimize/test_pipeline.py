@@ -78,7 +78,7 @@ def test_known_times_are_not_measured_again(
     table = sys.modules["groupconv.targets.table"]
     measured = []
 
-    def fast_enough(calls: dict[str, object], seconds: float, rest: float) -> dict[str, Timing]:
+    def fast_enough(calls: dict[str, object], seconds: float, **_: object) -> dict[str, Timing]:
         measured.extend(calls)
         values = {name: 3.2e-3 if name.endswith("after") else 4e-3 for name in calls}
         return {name: Timing(value, value, value, 5) for name, value in values.items()}

@@ -62,7 +62,7 @@ def test_those_compared_are_timed_together(path: Path) -> None:
 def test_time_is_spent_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 
-    def interleave(calls: dict[str, object], *, seconds: float, rest: float) -> dict[str, Timing]:
+    def interleave(calls: dict[str, object], *, seconds: float, **_: object) -> dict[str, Timing]:
         asked.append(seconds)
         return {name: Timing(1, 1, 1, 5) for name in calls}
 

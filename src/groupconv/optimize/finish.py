@@ -192,7 +192,7 @@ class Finish:
             )
             for conv in convs
         }
-        times = layer_times(timed, job.table, job.batch_size)
+        times = layer_times(timed, job.table, job.batch_size, job.weights)
         return [
             LayerRow(
                 conv.name,

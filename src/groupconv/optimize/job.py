@@ -55,6 +55,7 @@ class Job:
         importance: layer name to what its output channels count.
         baked, folded: what was changed in it, by name.
         macs: of one image.
+        weights: bytes of all parameters and buffers.
         steps: seconds of each step so far.
     """
 
@@ -86,6 +87,7 @@ class Job:
             self.model, self.folded = fold_permutations(model, (self.example(2),))
             self.mapped = trace(self.model, (self.example(2),))
             self.macs = self.count_macs(self.model)
+            self.weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         for name, reason in self.mapped.skipped.items():
             log.info("left as it is: %s (%s)", name, reason)
         self.sampling = Sampling(

@@ -1,14 +1,15 @@
 """Measured time of every candidate of a layer, against the dense layer in the same run.
 
-A candidate is timed with the activation that follows it, which most runtimes make a part of its
-last convolution.
+A candidate is timed as it runs in the network: with the activation that follows it, which most
+runtimes make a part of its last convolution, and after as many bytes have passed through the caches
+as the network has weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from groupconv.kernels.spec import ConvSpec, same_padding
 from groupconv.nn import ChannelPermutation
@@ -19,6 +20,8 @@ from groupconv.targets import LatencyTable, Target
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PADS: tuple[Callable[..., nn.Module], ...] = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 _SECONDS = 0.1
+# What is more than the caches hold is as good as anything.
+_MOST_BESIDE = 1 << 27
 # By PyTorch's operators, without the underscore of those that work in place.
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -36,7 +39,10 @@ Timed = tuple[Structure, bool, bool]
 
 
 def layer_times(
-    layers: Mapping[str, tuple[TracedConv, Sequence[Timed]]], table: LatencyTable, batch: int
+    layers: Mapping[str, tuple[TracedConv, Sequence[Timed]]],
+    table: LatencyTable,
+    batch: int,
+    beside: int,
 ) -> dict[str, list[float]]:
     """Seconds of structures in place of layers, for ``batch`` images per call.
 
@@ -45,12 +51,14 @@ def layer_times(
             one run.
         table: of times known already; grows.
         batch: images per call.
+        beside: bytes that the network reads between two passes of a layer.
 
     Returns:
         layer name to one time per structure, explicit permutations included.
     """
+    others = torch.ones(min(beside, _MOST_BESIDE) // 4)
     return {
-        name: _times(replace(conv.spec, batch=batch), _activation(conv), structures, table)
+        name: _times(replace(conv.spec, batch=batch), _activation(conv), structures, table, others)
         for name, (conv, structures) in layers.items()
     }
 
@@ -62,13 +70,17 @@ def _activation(conv: TracedConv) -> str | None:
 
 
 def _times(
-    dense: ConvSpec, activation: str | None, structures: Sequence[Timed], table: LatencyTable
+    dense: ConvSpec,
+    activation: str | None,
+    structures: Sequence[Timed],
+    table: LatencyTable,
+    others: Tensor,
 ) -> list[float]:
-    target = table.target
+    target, after = table.target, f" after {others.nbytes / 1e6:.1f} MB"
     builds: dict[str, Callable[[], Callable[[], object]]] = {}
     parts: list[list[str]] = []
     for structure, permute_in, permute_out in structures:
-        key = f"{_describe(dense)} {structure}" + (f" + {activation}" if activation else "")
+        key = f"{_describe(dense)} {structure}" + (f" + {activation}" if activation else "") + after
         builds[key] = lambda structure=structure: _build(  # type: ignore[misc]
             target, dense, structure, activation
         )
@@ -79,11 +91,11 @@ def _times(
         ):
             if wanted:
                 shape = (dense.batch, channels, *size)
-                key = f"permute {'x'.join(map(str, shape))}"
+                key = f"permute {'x'.join(map(str, shape))}{after}"
                 builds[key] = lambda shape=shape: _build_permutation(target, shape)  # type: ignore[misc]
                 used.append(key)
         parts.append(used)
-    times = table.measure(builds, seconds=_SECONDS)
+    times = table.measure(builds, seconds=_SECONDS, between=others.sum)
     return [sum(times[key].median for key in used) for used in parts]
 
 
@@ -120,7 +132,7 @@ def _build(
 
 def _build_permutation(target: Target, shape: tuple[int, ...]) -> Callable[[], object]:
     # Reversed: an order that can't be served by one run of memory.
-    permutation = ChannelPermutation(torch.arange(shape[1]).flip(0))
+    permutation = ChannelPermutation(torch.arange(shape[1]).flip(0)).eval()
     return target.build(permutation, (torch.randn(shape),))
 
 

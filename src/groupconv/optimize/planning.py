@@ -56,7 +56,7 @@ class Planner:
                 )
                 for conv in convs
             }
-            times = layer_times(layers, job.table, job.batch_size)
+            times = layer_times(layers, job.table, job.batch_size, job.weights)
         self.survey = Survey(*surveyed, times)
 
     def plan(self, budgets: Sequence[Budget]) -> tuple[Plan, dict[str, Decision]]:

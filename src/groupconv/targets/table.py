@@ -50,21 +50,27 @@ class LatencyTable:
             self.times, self._elsewhere = {}, []
 
     def measure(
-        self, build: Mapping[str, Callable[[], Callable[[], object]]], *, seconds: float
+        self,
+        build: Mapping[str, Callable[[], Callable[[], object]]],
+        *,
+        seconds: float,
+        between: Callable[[], object] | None = None,
     ) -> dict[str, Timing]:
         """Times of every key; those not known yet are measured in one interleaved run.
 
         Args:
             build: key to a function that makes the callable to time.
             seconds: for each key that must be measured.
+            between: see :func:`groupconv.timing.interleave`.
         """
         missing = [key for key in build if key not in self.times]
         if missing:
             # The whole set again, so that those compared were timed in the same run.
             calls = {key: make() for key, make in build.items()}
             self.reused -= calls.keys()
-            rest = self.target.rest
-            self.times |= interleave(calls, seconds=seconds * len(calls), rest=rest)
+            self.times |= interleave(
+                calls, seconds=seconds * len(calls), rest=self.target.rest, between=between
+            )
             self.save()
         return {key: self.times[key] for key in build}
 
