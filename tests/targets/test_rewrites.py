@@ -85,6 +85,18 @@ def test_transposed(groups, kernel, stride, padding, more, dilation, bias) -> No
     assert_close(graph(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("stride", "padding", "more", "dilation"), [(2, 1, 1, 1), (3, 0, 2, 2)])
+def test_transposed_in_one_axis(
+    groups: int, stride: int, padding: int, more: int, dilation: int
+) -> None:
+    layer = nn.ConvTranspose1d(8, 12, 4, stride, padding, more, groups, True, dilation).eval()
+    x = numbers(2, 8, 7)
+    graph = captured(layer, (x,))
+    assert replace_transposed(graph) == 1
+    assert_close(graph(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
 def test_what_the_format_has_stays() -> None:
     x = numbers(1, 8, 5, 6)
     graph = captured(nn.ConvTranspose2d(8, 12, 3, 2).eval(), (x,))

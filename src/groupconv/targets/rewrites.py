@@ -11,6 +11,7 @@ from groupconv.errors import ExportError
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
+_TRANSPOSED = {_aten.conv_transpose1d.default: 1, _aten.conv_transpose2d.input: 2}
 _COPIES = {_aten.contiguous.default, _aten.clone.default}
 
 
@@ -44,18 +45,20 @@ def replace_shuffles(graph_module: fx.GraphModule) -> int:
 
 
 def replace_transposed(graph_module: fx.GraphModule) -> int:
-    """Transposed 2-d convolutions as plain ones, but for those without groups, dilation or padding.
+    """Transposed convolutions as plain ones, but for those without groups, dilation or padding.
 
     Returns:
         How many there were.
     """
     found = 0
     for node in list(graph_module.graph.nodes):
-        if node.target is not _aten.conv_transpose2d.input:
+        axes = _TRANSPOSED.get(node.target)
+        if axes is None:
             continue
         x, weight, *rest = node.args
+        ones, zeros = [1] * axes, [0] * axes
         bias, stride, padding, more, groups, dilation = _filled(
-            rest, (None, [1, 1], [0, 0], [0, 0], 1, [1, 1])
+            rest, (None, ones, zeros, zeros, 1, ones)
         )
         if groups > 1 or any(padding) or any(more) or any(n != 1 for n in dilation):
             arguments = (x, weight, bias, stride, padding, more, groups, dilation)
@@ -82,21 +85,22 @@ def transposed(
     groups: int,
     dilation: Sequence[int],
 ) -> Tensor:
-    """``torch.nn.functional.conv_transpose2d`` as a convolution of the image with zeros between
-    its pixels: ``stride * stride`` times the arithmetic."""
+    """``torch.nn.functional.conv_transpose2d``, or 1d, as a convolution of the image with zeros
+    between its pixels: as many times the arithmetic as the strides multiply to."""
     into, out = weight.shape[0] // groups, weight.shape[1]
-    flipped = weight.unflatten(0, (groups, into)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    height, width = x.shape[2:]
-    kept = torch.zeros(height * stride[0], width * stride[1])
-    kept[:: stride[0], :: stride[1]] = 1
+    axes = list(range(2, weight.ndim))
+    flipped = weight.unflatten(0, (groups, into)).transpose(1, 2).flatten(0, 1).flip(axes)
+    kept = torch.zeros([n * step for n, step in zip(x.shape[2:], stride, strict=True)])
+    kept[tuple(slice(None, None, step) for step in stride)] = 1
     spread = F.interpolate(x, scale_factor=[float(n) for n in stride], mode="nearest") * kept
     sides: list[int] = []
-    for axis in (1, 0):
+    for axis in reversed(range(len(stride))):
         reach = dilation[axis] * (weight.shape[2 + axis] - 1) - padding[axis]
         # After the last pixel there are zeros already.
         sides += [reach, reach + output_padding[axis] - (stride[axis] - 1)]
     assert out * groups == len(flipped)
-    return F.conv2d(F.pad(spread, sides), flipped, bias, 1, 0, dilation, groups)
+    convolve = F.conv1d if len(stride) == 1 else F.conv2d
+    return convolve(F.pad(spread, sides), flipped, bias, 1, 0, dilation, groups)
 
 
 def _shuffle(node: fx.Node) -> tuple[fx.Node, int] | None:
