@@ -49,7 +49,7 @@ ORDER = {
     ],
     "data": ["images", "sample"],
     "targets": [
-        "base", "quiet", "program", "fold", "eager", "inductor", "native", "onnx_file",
+        "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
         "onnxruntime", "openvino", "rewrites", "litert_convert", "litert", "verify", "export",
         "table", "alone", "bench",
     ],

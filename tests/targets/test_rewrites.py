@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from compare import assert_close
 from torch import Tensor, nn
 
-from groupconv.targets.rewrites import captured, replace_shuffles, replace_transposed
+from groupconv.targets.program import exported_for
+from groupconv.targets.rewrites import replace_shuffles, replace_transposed
 
 
 def numbers(*shape: int) -> Tensor:
@@ -52,7 +53,7 @@ def other_split(x: Tensor) -> Tensor:
 )
 def test_shuffles(function, count: int) -> None:  # type: ignore[no-untyped-def]
     x = numbers(2, 12, 5, 6)
-    graph = captured(Function(function).eval(), (x,))
+    graph = exported_for(Function(function).eval(), (x,)).module()
     assert replace_shuffles(graph) == count
     assert torch.equal(graph(x), function(x))
     # In the next capture there are no five axes where all were replaced.
@@ -80,7 +81,7 @@ def test_shuffles(function, count: int) -> None:  # type: ignore[no-untyped-def]
 def test_transposed(groups, kernel, stride, padding, more, dilation, bias) -> None:  # type: ignore[no-untyped-def]
     layer = nn.ConvTranspose2d(8, 12, kernel, stride, padding, more, groups, bias, dilation).eval()
     x = numbers(2, 8, 5, 6)
-    graph = captured(layer, (x,))
+    graph = exported_for(layer, (x,)).module()
     assert replace_transposed(graph) == 1 or (groups, padding, more, dilation) == (1, 0, 0, 1)
     assert_close(graph(x), layer(x), rtol=1e-5, atol=1e-6)
 
@@ -92,12 +93,12 @@ def test_transposed_in_one_axis(
 ) -> None:
     layer = nn.ConvTranspose1d(8, 12, 4, stride, padding, more, groups, True, dilation).eval()
     x = numbers(2, 8, 7)
-    graph = captured(layer, (x,))
+    graph = exported_for(layer, (x,)).module()
     assert replace_transposed(graph) == 1
     assert_close(graph(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
 def test_what_the_format_has_stays() -> None:
     x = numbers(1, 8, 5, 6)
-    graph = captured(nn.ConvTranspose2d(8, 12, 3, 2).eval(), (x,))
+    graph = exported_for(nn.ConvTranspose2d(8, 12, 3, 2).eval(), (x,)).module()
     assert replace_transposed(graph) == 0

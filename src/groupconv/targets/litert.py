@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from groupconv.targets import litert_convert, rewrites
 from groupconv.targets.base import FileTarget, Opened
+from groupconv.targets.program import exported_for
 from groupconv.targets.quiet import quiet
 
 # Steps that the interpreter adds to those of a file.
@@ -32,10 +33,10 @@ class LiteRt(FileTarget):
         path: Path,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        graph = rewrites.captured(module, inputs)
+        graph = exported_for(module, inputs).module()
         rewrites.replace_shuffles(graph)
         rewrites.replace_transposed(graph)
-        litert_convert.convert(torch.export.export(graph, inputs), path)
+        litert_convert.convert(exported_for(graph, inputs), path)
 
     def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
         interpreter = _interpreter(path)

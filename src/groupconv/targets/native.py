@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from groupconv.compiler.compiled import compile, load_compiled
+from groupconv.compiler.compiled import Compiled, compile, load_compiled
 from groupconv.errors import ArgumentError, ExportError, GroupConvError
 from groupconv.kernels.machine import runnable
 from groupconv.targets.base import FileTarget, Opened, opened
@@ -32,8 +32,8 @@ class Native(FileTarget):
         return None if runnable() else "no code can be generated for this processor"
 
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-        ordered = _ordered(inputs)
-        net = compile(module, ordered)
+        net = _compiled(module, inputs)
+        ordered = _ordered(net, inputs)
         return lambda: net(*ordered)
 
     def export(
@@ -43,9 +43,10 @@ class Native(FileTarget):
         path: Path,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
+        """For inputs as they are, and channels last."""
         try:
-            net = compile(module, inputs)
-            net.program(*_ordered(inputs))
+            net = _compiled(module, inputs)
+            net.program(*inputs)
         except ArgumentError:
             raise
         except GroupConvError as error:
@@ -53,14 +54,35 @@ class Native(FileTarget):
         net.save(path, metadata)
 
     def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
-        return opened(load_compiled(path), _ordered(inputs))
+        net = load_compiled(path)
+        return opened(net, _ordered(net, inputs))
 
     def nodes(self, path: Path) -> dict[str, int]:
         program, _ = next(iter(load_compiled(path).programs.values()))
         return dict(Counter(type(node.operator).__name__ for node in program.graph.nodes))
 
 
-def _ordered(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Compiled:
+    """For inputs that are channels last, unless the network only takes contiguous ones."""
+    last = tuple(_channels_last(x) for x in inputs)
+    try:
+        return compile(module, last)
+    except ArgumentError:
+        raise
+    except GroupConvError:
+        # A network may look at its inputs by views that these have not.
+        return compile(module, inputs)
+
+
+def _ordered(net: Compiled, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inputs in the order that the network was first compiled for."""
+    program, _ = next(iter(net.programs.values()))
+    wanted = (value.contiguous for value in program.graph.inputs)
     return tuple(
-        x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs
+        x.contiguous() if plain else _channels_last(x)
+        for x, plain in zip(inputs, wanted, strict=True)
     )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

@@ -1,20 +1,16 @@
 """ONNX files, by PyTorch's exporter, which folds batch norms into convolutions."""
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from groupconv.errors import ExportError
+from groupconv.targets.program import BATCH, exported
 from groupconv.targets.quiet import quiet
-
-# The name of an axis of any size.
-BATCH = "batch"
-# Of a batch that stands for any other: a single image would be taken for the only batch there is.
-_BATCH = 2
 
 
 def write(
@@ -30,14 +26,18 @@ def write(
     """
     import onnx
 
-    try:
-        model = _export(module, inputs, any_batch=True)
-    except Exception as error:  # The exporter raises errors of many types, all for this reason.
-        logging.getLogger(__name__).info("no file for any batch: %s", error)
-        model = _export(module, inputs, any_batch=False)
+    with quiet(), torch.no_grad():
+        program = exported(module, inputs)
+        try:
+            model = torch.onnx.export(program, dynamo=True, verbose=False)
+        except Exception as error:  # The exporter raises errors of many types.
+            raise ExportError(f"PyTorch can't export the network to ONNX: {error}") from error
+    assert model is not None
+    proto = model.model_proto
+    _name_batch(proto.graph)
     for key, value in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.save_model(model, path)
+        proto.metadata_props.add(key=key, value=value)
+    onnx.save_model(proto, path)
 
 
 def nodes(path: Path) -> dict[str, int]:
@@ -48,22 +48,12 @@ def nodes(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in model.graph.node))
 
 
-def _export(module: nn.Module, inputs: tuple[Tensor, ...], *, any_batch: bool):  # type: ignore[no-untyped-def]
-    shapes = None
-    if any_batch:
-        inputs = tuple(_with_batch(x) for x in inputs)
-        batch = torch.export.Dim(BATCH)
-        shapes = tuple({0: batch} for _ in inputs)
-    try:
-        with quiet(), torch.no_grad():
-            exported = torch.onnx.export(
-                module, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False
-            )
-    except Exception as error:  # As above.
-        raise ExportError(f"PyTorch can't export the network to ONNX: {error}") from error
-    assert exported is not None
-    return exported.model_proto
-
-
-def _with_batch(x: Tensor) -> Tensor:
-    return x.expand(_BATCH, *x.shape[1:]) if len(x) == 1 else x
+def _name_batch(graph: Any) -> None:
+    """Call the axis of any size what users expect, where PyTorch has a number for it."""
+    first = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    if not first:
+        return
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_param"):
+                axis.dim_param = axis.dim_param.replace(first, BATCH)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from groupconv.targets import onnx_file
 from groupconv.targets.base import FileTarget, Opened
+from groupconv.targets.program import BATCH
 
 
 class OnnxRuntime(FileTarget):
@@ -35,7 +36,7 @@ class OnnxRuntime(FileTarget):
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         # What may be any batch is slower than one that is known.
-        options.add_free_dimension_override_by_name(onnx_file.BATCH, len(inputs[0]))
+        options.add_free_dimension_override_by_name(BATCH, len(inputs[0]))
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )

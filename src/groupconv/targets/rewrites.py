@@ -5,26 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-
-from groupconv.errors import ExportError
+from torch import Tensor, fx
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
 _TRANSPOSED = {_aten.conv_transpose1d.default: 1, _aten.conv_transpose2d.input: 2}
 _COPIES = {_aten.contiguous.default, _aten.clone.default}
-
-
-def captured(module: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The graph of ``module`` in PyTorch's operators, for inputs of such shapes.
-
-    Raises:
-        ExportError: PyTorch can't export it.
-    """
-    try:
-        return torch.export.export(module, inputs).module()
-    except Exception as error:  # The exporter raises errors of many types.
-        raise ExportError(f"PyTorch can't export the network: {error}") from error
 
 
 def replace_shuffles(graph_module: fx.GraphModule) -> int:
