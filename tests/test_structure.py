@@ -50,8 +50,8 @@ ORDER = {
     "data": ["images", "sample"],
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
-        "onnxruntime", "openvino", "rewrites", "litert_convert", "litert", "verify", "export",
-        "table", "alone", "bench",
+        "onnx_int8", "onnxruntime", "openvino", "rewrites", "litert_convert", "litert_int8",
+        "litert", "verify", "export", "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],
     "optimize": [

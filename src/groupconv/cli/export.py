@@ -13,6 +13,7 @@ from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_data, load_finished, sizes
 from groupconv.cli.options import ModelArgument, Optimized, Shape, Weights
 from groupconv.data import load_images
+from groupconv.errors import ArgumentError
 
 
 def export(
@@ -27,6 +28,8 @@ def export(
         str | None, typer.Option(help="Images to compare on; default: random numbers.")
     ] = None,
     max_images: Annotated[int, typer.Option(help="Images to compare on, at most.")] = 1000,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize; needs --data.")] = False,
+    calibrate: Annotated[int, typer.Option(help="Images to calibrate INT8 on.")] = 128,
     json: JsonFlag = False,
 ) -> None:
     """Write a network to a file, run it in its runtime, and compare it with PyTorch."""
@@ -37,11 +40,24 @@ def export(
         metadata["groupconv_plan"] = hashlib.sha256(plan).hexdigest()
     size = sizes(shape)
     x = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    images = None
+    images = labels = calibration = None
     if data is not None:
-        images = load_images(load_data(data), limit=max_images, image_size=size[-1]).images
+        loaded = load_images(load_data(data), limit=max_images, image_size=size[-1])
+        images, labels = loaded.images, loaded.labels
         x = images[: size[0]]
-    found = groupconv.export(net, x, out, images=images, metadata=metadata)
+    if int8:
+        if images is None:
+            raise ArgumentError("int8 needs images to calibrate on: give --data")
+        if not 0 < calibrate < len(images):
+            raise ArgumentError(
+                f"calibrate={calibrate} must be 1 or more and leave some of the {len(images)} "
+                "images to compare on"
+            )
+        calibration, images = images[:calibrate], images[calibrate:]
+        labels = None if labels is None else labels[calibrate:]
+    found = groupconv.export(
+        net, x, out, images=images, labels=labels, int8=calibration, metadata=metadata
+    )
     if json:
         print_json(asdict(found))
     else:

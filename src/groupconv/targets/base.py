@@ -4,13 +4,15 @@ import importlib.metadata
 import importlib.util
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from groupconv.errors import ArgumentError
 
 
 class Target(ABC):
@@ -129,6 +131,23 @@ class FileTarget(Target):
     @abstractmethod
     def nodes(self, path: Path) -> dict[str, int]:
         """The operators of a file, by their names in its format, with how many there are."""
+
+    def quantize(self, path: Path, batches: Iterable[tuple[Tensor, ...]], out: Path) -> list[str]:
+        """Write the INT8 form of a file.
+
+        Args:
+            path: of the float file.
+            batches: inputs to calibrate on.
+            out: of the new file.
+
+        Returns:
+            Names of the operators that stay float.
+
+        Raises:
+            ArgumentError: the format has no INT8 here.
+            ExportError: the network can't be quantized.
+        """
+        raise ArgumentError(f"int8: {self.suffix} files have none here; write .onnx or .tflite")
 
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
         with tempfile.TemporaryDirectory(prefix="groupconv-") as folder:

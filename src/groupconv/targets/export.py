@@ -16,7 +16,7 @@ from groupconv.targets.litert import LiteRt
 from groupconv.targets.native import Native
 from groupconv.targets.onnxruntime import OnnxRuntime
 from groupconv.targets.openvino import OpenVino
-from groupconv.targets.verify import Agreement, verify
+from groupconv.targets.verify import INT8_TOLERANCE, Agreement, verify
 
 FILE_TARGETS: tuple[FileTarget, ...] = (
     Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(),
@@ -33,6 +33,8 @@ class Exported:
         bytes: of the file, and of what lies beside it.
         nodes: operators by the names of the format, with how many there are.
         agreement: with PyTorch.
+        before_int8: that of the float file that an INT8 file was made from.
+        stay_float: names of what is not INT8 in it.
     """
 
     path: str
@@ -40,13 +42,18 @@ class Exported:
     bytes: int
     nodes: dict[str, int]
     agreement: Agreement
+    before_int8: Agreement | None = None
+    stay_float: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in sorted(self.nodes.items()))
-        return (
-            f"{self.path}: {self.bytes / 1e6:.1f} MB, {counts}\n"
-            f"in {self.target} it {self.agreement}"
-        )
+        lines = [f"{self.path}: {self.bytes / 1e6:.1f} MB, {counts}"]
+        if self.before_int8 is not None:
+            lines.append(f"before INT8: in {self.target} it {self.before_int8}")
+        lines.append(f"in {self.target} it {self.agreement}")
+        if self.stay_float:
+            lines.append(f"not INT8: {', '.join(self.stay_float)}")
+        return "\n".join(lines)
 
 
 def export(
@@ -55,6 +62,8 @@ def export(
     path: str | Path,
     *,
     images: Tensor | None = None,
+    labels: Tensor | None = None,
+    int8: Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write a network to a file, load it in its runtime, and compare it with PyTorch.
@@ -66,6 +75,9 @@ def export(
             ``.tflite`` (LiteRT), ``.pt2`` (PyTorch) or ``.groupconv`` (native).
         images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
             alone if there are none.
+        labels: ``(N,)``, of the images, for the accuracy.
+        int8: ``(N, C, H, W)``, to calibrate on: the file is quantized, weights and activations;
+            ``.onnx`` and ``.tflite`` only.
         metadata: kept in the file.
 
     Raises:
@@ -83,17 +95,15 @@ def export(
     if not path.parent.is_dir():
         raise ArgumentError(f"path={str(path)!r}: there is no folder {str(path.parent)!r}")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    batches = [inputs]
-    if images is not None:
-        if len(inputs) != 1 or images.shape[1:] != inputs[0].shape[1:]:
-            raise ArgumentError(
-                f"export: images of shape {tuple(images.shape)} must be like the only input, "
-                f"{tuple(inputs[0].shape)}"
-            )
-        batches = [(x,) for x in images.split(len(inputs[0])) if len(x) == len(inputs[0])]
-        if not batches:
-            raise ArgumentError(f"export: {len(images)} images are less than one batch")
-    return written(target, model, batches, path, metadata)
+    size = len(inputs[0])
+    batches = [inputs] if images is None else _batches("images", images, inputs)
+    classes = None
+    if labels is not None:
+        if images is None or labels.shape != (len(images),):
+            raise ArgumentError(f"export: labels of shape {tuple(labels.shape)} must be of images")
+        classes = [part for part in labels.split(size) if len(part) == size]
+    calibration = None if int8 is None else _batches("int8", int8, inputs)
+    return written(target, model, batches, path, metadata, classes, calibration)
 
 
 def written(
@@ -102,8 +112,14 @@ def written(
     batches: Sequence[tuple[Tensor, ...]],
     path: Path,
     metadata: Mapping[str, str] | None = None,
+    labels: Sequence[Tensor] | None = None,
+    int8: Sequence[tuple[Tensor, ...]] | None = None,
 ) -> Exported:
     """The file of a target, compared with PyTorch on ``batches``, all of one size.
+
+    Args:
+        labels: of each batch.
+        int8: batches to calibrate on, if the file shall be INT8.
 
     Raises:
         DataError, ExportError: as :func:`export`.
@@ -115,14 +131,34 @@ def written(
             new = Path(folder) / path.name
             with torch.no_grad():
                 target.export(model, batches[0], new, metadata)
-            agreement = verify(target, new, model, batches)
+            agreement, before, kept = verify(target, new, model, batches, labels), None, []
+            if int8 is not None:
+                whole, before = new.with_stem(f"{new.stem}-float"), agreement
+                new.replace(whole)
+                kept = target.quantize(whole, int8, new)
+                whole.unlink()
+                agreement = verify(target, new, model, batches, labels, INT8_TOLERANCE)
             nodes = target.nodes(new)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
             for suffix in (*target.beside, target.suffix):
                 new.with_suffix(suffix).replace(path.with_suffix(suffix))
     except OSError as error:
         raise DataError(f"path={str(path)!r} can't be written: {error}") from error
-    return Exported(str(path), target.name, size, nodes, agreement)
+    return Exported(str(path), target.name, size, nodes, agreement, before, tuple(kept))
+
+
+def _batches(name: str, images: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Images in batches as large as the example."""
+    if len(inputs) != 1 or images.shape[1:] != inputs[0].shape[1:]:
+        raise ArgumentError(
+            f"export: {name} of shape {tuple(images.shape)} must be like the only input, "
+            f"{tuple(inputs[0].shape)}"
+        )
+    size = len(inputs[0])
+    batches: list[tuple[Tensor, ...]] = [(x,) for x in images.split(size) if len(x) == size]
+    if not batches:
+        raise ArgumentError(f"export: {name}: {len(images)} images are less than one batch")
+    return batches
 
 
 def _target(path: Path) -> FileTarget:

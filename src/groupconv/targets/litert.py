@@ -1,14 +1,14 @@
 """LiteRT (TensorFlow Lite) with XNNPACK, on the CPU."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groupconv.targets import litert_convert, rewrites
+from groupconv.targets import litert_convert, litert_int8, rewrites
 from groupconv.targets.base import FileTarget, Opened
 from groupconv.targets.program import exported_for
 from groupconv.targets.quiet import quiet
@@ -53,6 +53,9 @@ class LiteRt(FileTarget):
             run=interpreter.invoke,
             outputs=lambda: [torch.from_numpy(interpreter.get_tensor(i)) for i in results],
         )
+
+    def quantize(self, path: Path, batches: Iterable[tuple[Tensor, ...]], out: Path) -> list[str]:
+        return litert_int8.quantize(path, batches, out)
 
     def nodes(self, path: Path) -> dict[str, int]:
         names = [step["op_name"] for step in _interpreter(path)._get_ops_details()]

@@ -1,13 +1,13 @@
 """ONNX Runtime on the CPU."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from groupconv.targets import onnx_file
+from groupconv.targets import onnx_file, onnx_int8
 from groupconv.targets.base import FileTarget, Opened
 from groupconv.targets.program import BATCH
 
@@ -65,6 +65,9 @@ class OnnxRuntime(FileTarget):
             run=lambda: session.run_with_iobinding(binding),
             outputs=lambda: [torch.from_numpy(value.numpy()) for value in results],
         )
+
+    def quantize(self, path: Path, batches: Iterable[tuple[Tensor, ...]], out: Path) -> list[str]:
+        return onnx_int8.quantize(path, batches, out)
 
     def nodes(self, path: Path) -> dict[str, int]:
         return onnx_file.nodes(path)
