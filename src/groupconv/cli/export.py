@@ -19,7 +19,10 @@ from groupconv.errors import ArgumentError
 def export(
     model: ModelArgument,
     out: Annotated[
-        Path, typer.Argument(help="File: .onnx, .xml (OpenVINO), .tflite, .pt2 or .groupconv.")
+        Path,
+        typer.Argument(
+            help="File: .onnx, .xml (OpenVINO), .tflite, .mlpackage, .pt2 or .groupconv."
+        ),
     ],
     weights: Weights = None,
     optimized: Optimized = None,

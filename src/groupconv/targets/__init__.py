@@ -10,15 +10,15 @@ _TARGETS: dict[str, Target] = {target.name: target for target in FILE_TARGETS}
 
 
 def get_target(name: str) -> Target:
-    """The target called ``name``.
+    """The target called ``name``, to measure time on.
 
     Raises:
-        ArgumentError: there is none of that name, or it can't be used here.
+        ArgumentError: there is none of that name, or time can't be measured here.
     """
     target = _TARGETS.get(name)
     if target is None:
         raise ArgumentError(f"target={name!r} must be one of {', '.join(_TARGETS)}")
-    reason = target.why_not()
+    reason = target.why_not_timed()
     if reason is not None:
         raise ArgumentError(f"target={name!r} can't be used here: {reason}")
     return target

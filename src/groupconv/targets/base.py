@@ -29,7 +29,11 @@ class Target(ABC):
 
     @abstractmethod
     def why_not(self) -> str | None:
-        """Why the runtime can't be used here, or None when it can."""
+        """Why nothing can be written for the runtime here, or None when it can."""
+
+    def why_not_timed(self) -> str | None:
+        """Why time can't be measured here, or None when it can."""
+        return self.why_not()
 
     @property
     @abstractmethod

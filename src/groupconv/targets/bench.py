@@ -145,7 +145,7 @@ def _files(
     """The checked file of each, or why there is none."""
     files, reasons = {}, {}
     for target in targets:
-        reason = target.why_not()
+        reason = target.why_not_timed()
         if reason is None:
             try:
                 path = folder / target.name / f"network{target.suffix}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError, DataError
 from groupconv.targets.base import FileTarget
+from groupconv.targets.coreml import CoreMl
 from groupconv.targets.eager import Eager
 from groupconv.targets.inductor import Inductor
 from groupconv.targets.litert import LiteRt
@@ -19,7 +20,7 @@ from groupconv.targets.openvino import OpenVino
 from groupconv.targets.verify import INT8_TOLERANCE, Agreement, verify
 
 FILE_TARGETS: tuple[FileTarget, ...] = (
-    Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(),
+    Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(), CoreMl(),
 )  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def export(
         model: in evaluation mode.
         example_inputs: the network's arguments.
         path: the suffix tells the format: ``.onnx`` (ONNX Runtime), ``.xml`` (OpenVINO),
-            ``.tflite`` (LiteRT), ``.pt2`` (PyTorch) or ``.groupconv`` (native).
+            ``.tflite`` (LiteRT), ``.mlpackage`` (Core ML), ``.pt2`` (PyTorch) or ``.groupconv``
+            (native).
         images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
             alone if there are none.
         labels: ``(N,)``, of the images, for the accuracy.
@@ -139,12 +141,19 @@ def written(
                 whole.unlink()
                 agreement = verify(target, new, model, batches, labels, INT8_TOLERANCE)
             nodes = target.nodes(new)
-            size = sum(file.stat().st_size for file in Path(folder).iterdir())
+            size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
             for suffix in (*target.beside, target.suffix):
-                new.with_suffix(suffix).replace(path.with_suffix(suffix))
+                _put(new.with_suffix(suffix), path.with_suffix(suffix))
     except OSError as error:
         raise DataError(f"path={str(path)!r} can't be written: {error}") from error
     return Exported(str(path), target.name, size, nodes, agreement, before, tuple(kept))
+
+
+def _put(new: Path, path: Path) -> None:
+    """Let a file, or a folder that is a package, take the place of another of its kind."""
+    if new.is_dir() and (path / "Manifest.json").exists():
+        path.replace(new.with_name(f"{new.name}-before"))
+    new.replace(path)
 
 
 def _batches(name: str, images: Tensor, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

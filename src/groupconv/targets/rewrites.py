@@ -1,6 +1,6 @@
 """Exact rewritings for formats that lack an operator, on the graph of ``torch.export``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,21 @@ from torch import Tensor, fx
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
-_TRANSPOSED = {_aten.conv_transpose1d.default: 1, _aten.conv_transpose2d.input: 2}
+_TRANSPOSED = {
+    _aten.conv_transpose1d.default: 1,
+    _aten.conv_transpose2d.input: 2,
+    _aten.conv_transpose3d.input: 3,
+}
 _COPIES = {_aten.contiguous.default, _aten.clone.default}
 
 
-def replace_shuffles(graph_module: fx.GraphModule) -> int:
-    """Channel shuffles without a tensor of five axes: channels last, pixels as one axis.
+def replace_shuffles(
+    graph_module: fx.GraphModule, function: Callable[[Tensor, int], Tensor] | None = None
+) -> int:
+    """Channel shuffles as a function has them.
+
+    Args:
+        function: by default :func:`shuffled`, which needs no tensor of five axes.
 
     Returns:
         How many there were.
@@ -24,7 +33,7 @@ def replace_shuffles(graph_module: fx.GraphModule) -> int:
         shuffle = _shuffle(node)
         if shuffle is not None:
             x, groups = shuffle
-            _replace(node, shuffled, (x, groups))
+            _replace(node, function or shuffled, (x, groups))
             found += 1
     _finish(graph_module)
     return found
@@ -39,15 +48,11 @@ def replace_transposed(graph_module: fx.GraphModule) -> int:
     found = 0
     for node in list(graph_module.graph.nodes):
         axes = _TRANSPOSED.get(node.target)
-        if axes is None:
+        if axes is None or axes == 3:
             continue
-        x, weight, *rest = node.args
-        ones, zeros = [1] * axes, [0] * axes
-        bias, stride, padding, more, groups, dilation = _filled(
-            rest, (None, ones, zeros, zeros, 1, ones)
-        )
+        arguments = _transposed_arguments(node, axes)
+        padding, more, groups, dilation = arguments[4:]
         if groups > 1 or any(padding) or any(more) or any(n != 1 for n in dilation):
-            arguments = (x, weight, bias, stride, padding, more, groups, dilation)
             _replace(node, transposed, arguments)
             found += 1
     _finish(graph_module)
@@ -55,10 +60,88 @@ def replace_transposed(graph_module: fx.GraphModule) -> int:
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:
-    """``torch.nn.functional.channel_shuffle`` of ``(N, C, H, W)``."""
+    """``torch.nn.functional.channel_shuffle`` of ``(N, C, H, W)``: channels last, pixels as one
+    axis."""
     batch, channels, height, width = x.shape
     pixels = x.permute(0, 2, 3, 1).reshape(-1, groups, channels // groups)
     return pixels.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def shuffled_by_views(x: Tensor, groups: int) -> Tensor:
+    """The same in three steps, by way of five axes."""
+    split = x.unflatten(1, (groups, x.shape[1] // groups))
+    return split.transpose(1, 2).reshape(x.shape)
+
+
+def replace_output_padding(graph_module: fx.GraphModule) -> int:
+    """Transposed convolutions with more output padding than padding, or with any in three axes, as
+    ones with neither, whose result is cut and filled.
+
+    Returns:
+        How many there were.
+    """
+    found = 0
+    for node in list(graph_module.graph.nodes):
+        axes = _TRANSPOSED.get(node.target)
+        if axes is None:
+            continue
+        arguments = _transposed_arguments(node, axes)
+        padding, more = arguments[4:6]
+        if any(n > (0 if axes == 3 else p) for p, n in zip(padding, more, strict=True)):
+            _replace(node, transposed_then_cut, arguments)
+            found += 1
+    _finish(graph_module)
+    return found
+
+
+def transposed_then_cut(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+) -> Tensor:
+    """A transposed convolution: what lies beyond the reach of all kernels is the bias alone."""
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(stride) - 1]
+    y = function(x, weight, None, stride, 0, 0, groups, dilation)
+    filling: list[int] = []
+    for axis, (n, more) in enumerate(zip(padding, output_padding, strict=True), start=2):
+        y = y.narrow(axis, n, y.shape[axis] - n - max(n - more, 0))
+        filling = [0, max(more - n, 0), *filling]
+    y = F.pad(y, filling)
+    return y if bias is None else y + bias.reshape(-1, *[1] * len(stride))
+
+
+def replace_circular_padding(graph_module: fx.GraphModule) -> int:
+    """Circular padding as the joining of slices.
+
+    Returns:
+        How many there were.
+    """
+    found = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target is _aten.pad.default and node.args[2:3] == ("circular",):
+            _replace(node, joined, node.args[:2])
+            found += 1
+    _finish(graph_module)
+    return found
+
+
+def joined(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """``torch.nn.functional.pad`` in circular mode."""
+    for number in range(len(sides) // 2):
+        axis = x.ndim - 1 - number
+        before, after = sides[2 * number : 2 * number + 2]
+        parts = [x]
+        if before:
+            parts.insert(0, x.narrow(axis, x.shape[axis] - before, before))
+        if after:
+            parts.append(x.narrow(axis, 0, after))
+        x = torch.cat(parts, axis) if len(parts) > 1 else x
+    return x
 
 
 def transposed(
@@ -126,8 +209,11 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _filled(given: Sequence[Any], defaults: Sequence[Any]) -> list[Any]:
-    return [*given, *defaults[len(given) :]]
+def _transposed_arguments(node: fx.Node, axes: int) -> tuple[Any, ...]:
+    """Input, weight, bias, stride, padding, output padding, groups and dilation."""
+    ones, zeros = [1] * axes, [0] * axes
+    defaults = (None, ones, zeros, zeros, 1, ones)
+    return (*node.args, *defaults[len(node.args) - 2 :])
 
 
 def _replace(node: fx.Node, function: Any, arguments: tuple[Any, ...]) -> None:
