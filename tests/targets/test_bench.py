@@ -123,3 +123,16 @@ def test_memory_of_a_process_of_its_own(tmp_path: Path) -> None:
     assert 60e6 < many < 100e6
     with pytest.raises(GroupConvError, match="eager in a process of its own ended with 1"):
         alone.memory(target, tiny, tmp_path / "none.pt2", [[1, 4000]])
+
+
+def test_workers_are_waited_for_where_there_are_any() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert {target.rest for target in FILE_TARGETS} == {0}
+        torch.set_num_threads(2)
+        assert get_target("native").rest == 0
+        ours = next(target for target in FILE_TARGETS if target.name == "onnxruntime")
+        assert ours.rest > 0.031
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import groupconv
 from groupconv import nn as gnn
-from groupconv.errors import ExportError
+from groupconv.errors import ArgumentError, ExportError
 from groupconv.targets.base import FileTarget
 from groupconv.targets.export import FILE_TARGETS
 from groupconv.targets.verify import verify
@@ -139,6 +139,32 @@ def test_every_block_in_every_file(target: str, name: str, tmp_path: Path) -> No
     assert sum(n for kind, n in found.nodes.items() if "conv" in kind.lower()) == convolutions
     if target == "litert":
         assert max(ranks(found.path)) <= 4
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime", "openvino"])
+def test_a_shuffle_net_of_any_size(target: str, tmp_path: Path) -> None:
+    from torchvision.models import shufflenet_v2_x0_5
+
+    runtime, net = usable(target), shufflenet_v2_x0_5().eval()
+    path = tmp_path / f"net{runtime.suffix}"
+    found = groupconv.export(net, numbers(1, 3, 64, 64), path, any_size=True)
+    assert sum(n for kind, n in found.nodes.items() if "conv" in kind.lower()) == 56
+    for size in ((1, 3, 64, 64), (3, 3, 96, 80), (2, 3, 65, 127)):
+        x = numbers(*size)
+        opened = runtime.open(path, (x,))
+        opened.run()
+        assert torch.allclose(opened.outputs()[0], net(x), atol=1e-5)
+
+
+def test_any_size_where_there_is_none(tmp_path: Path) -> None:
+    net, x = nn.Conv2d(4, 4, 3).eval(), numbers(1, 4, 8, 8)
+    with pytest.raises(
+        ArgumentError, match=r"\.groupconv files are for one size; write \.pt2, \.onnx"
+    ):
+        groupconv.export(net, x, tmp_path / "net.groupconv", any_size=True)
+    whole = nn.LayerNorm([4, 8, 8]).eval()
+    with pytest.raises(ExportError, match="for images of any size"):
+        groupconv.export(whole, x, tmp_path / "net.pt2", any_size=True)
 
 
 def test_a_file_of_zero_groups_is_refused(tmp_path: Path) -> None:

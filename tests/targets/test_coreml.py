@@ -123,6 +123,7 @@ OPERATORS: dict[str, Callable[[Tensor], Any]] = {
     "softmax": lambda x: x.softmax(1),
     "slices": lambda x: x[:, 1:7:2, -3:] * x[:, 0, 3:6, None].mean((1, 2), keepdim=True)[:, None],
     "split": lambda x: torch.cat([x.split([3, 5], 1)[1], x.chunk(2, 1)[0]], 1),
+    "shuffled": lambda x: F.channel_shuffle(torch.cat([x.relu(), x.tanh()], 1), 2),
     "views": lambda x: x.flatten(2).transpose(1, 2).unsqueeze(1).squeeze(1),
     "matrices": lambda x: x @ x.mT / (x.square().sum(dim=(2, 3), keepdim=True) + 1.0).sqrt(),
     "layer norm": lambda x: F.layer_norm(x, [7]),

@@ -31,6 +31,9 @@ def export(
         str | None, typer.Option(help="Images to compare on; default: random numbers.")
     ] = None,
     max_images: Annotated[int, typer.Option(help="Images to compare on, at most.")] = 1000,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="For images of any batch and size.")
+    ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize; needs --data.")] = False,
     calibrate: Annotated[int, typer.Option(help="Images to calibrate INT8 on.")] = 128,
     json: JsonFlag = False,
@@ -59,7 +62,14 @@ def export(
         calibration, images = images[:calibrate], images[calibrate:]
         labels = None if labels is None else labels[calibrate:]
     found = groupconv.export(
-        net, x, out, images=images, labels=labels, int8=calibration, metadata=metadata
+        net,
+        x,
+        out,
+        images=images,
+        labels=labels,
+        int8=calibration,
+        any_size=any_size,
+        metadata=metadata,
     )
     if json:
         print_json(asdict(found))

@@ -20,12 +20,17 @@ class Target(ABC):
 
     Attributes:
         name: what users call it.
-        rest: seconds for which the worker threads of what was built keep their cores busy after a
-            pass; 0 where all that is built shares its workers.
+        spin: seconds for which the worker threads of what was built keep their cores busy after a
+            pass, and some; 0 where all that is built shares its workers.
     """
 
     name: str
-    rest: float = 0.0
+    spin: float = 0.0
+
+    @property
+    def rest(self) -> float:
+        """Seconds after which nothing that was built disturbs another; without workers, none."""
+        return self.spin if torch.get_num_threads() > 1 else 0.0
 
     @abstractmethod
     def why_not(self) -> str | None:
@@ -117,12 +122,15 @@ class FileTarget(Target):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         """Write ``module``, for inputs of such shapes, and any batch where format and network
         allow.
 
         Args:
             metadata: kept in the file.
+            any_size: for images of any batch and size, where ``any_batch`` holds.
 
         Raises:
             ExportError: the format can't hold it.

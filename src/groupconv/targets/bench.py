@@ -21,8 +21,8 @@ from groupconv.timing import Timing, interleave, machine
 log = logging.getLogger(__name__)
 
 # Seconds for which the worker threads of a runtime keep their cores busy after a pass, and some:
-# those of ONNX Runtime do longest, 31 ms.
-_REST = 0.045
+# those of ONNX Runtime do longest, 31 ms, and PyTorch's, which `spin` leaves out, 15.
+_REST = max(target.spin for target in FILE_TARGETS)
 _SECONDS = 0.8
 
 

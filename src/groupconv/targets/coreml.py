@@ -40,6 +40,8 @@ class CoreMl(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         with quiet():
             graph = exported_for(module, inputs).module()

@@ -39,11 +39,14 @@ class Eager(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         with quiet():
-            graph = exported(module, inputs).module()
+            graph = exported(module, inputs, any_size).module()
             fold_batch_norms(graph)
-            torch.export.save(exported(graph, inputs), path, extra_files=dict(metadata or {}))
+            program = exported(graph, inputs, any_size)
+            torch.export.save(program, path, extra_files=dict(metadata or {}))
 
     def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
         return opened(torch.export.load(path).module(), inputs)

@@ -65,6 +65,7 @@ def export(
     images: Tensor | None = None,
     labels: Tensor | None = None,
     int8: Tensor | None = None,
+    any_size: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write a network to a file, load it in its runtime, and compare it with PyTorch.
@@ -80,17 +81,22 @@ def export(
         labels: ``(N,)``, of the images, for the accuracy.
         int8: ``(N, C, H, W)``, to calibrate on: the file is quantized, weights and activations;
             ``.onnx`` and ``.tflite`` only.
+        any_size: whether the file must be for images of any batch and size: ``.onnx``, ``.xml`` and
+            ``.pt2`` only.
         metadata: kept in the file.
 
     Raises:
-        ArgumentError: the suffix is unknown, a library is missing, or the model is in training
-            mode.
+        ArgumentError: the suffix is unknown or has no such files, a library is missing, or the
+            model is in training mode.
         DataError: the file can't be written.
         ExportError: the format can't hold the network, or the file computes something else. No
             file is left then; one that was there before stays as it was.
     """
     path = Path(path)
     target = _target(path)
+    if any_size and not target.any_batch:
+        legal = ", ".join(dict.fromkeys(t.suffix for t in FILE_TARGETS if t.any_batch))
+        raise ArgumentError(f"any_size: {target.suffix} files are for one size; write {legal}")
     busy = next((name or "model" for name, m in model.named_modules() if m.training), None)
     if busy is not None:
         raise ArgumentError(f"export: {busy} is in training mode; call model.eval() first")
@@ -105,7 +111,7 @@ def export(
             raise ArgumentError(f"export: labels of shape {tuple(labels.shape)} must be of images")
         classes = [part for part in labels.split(size) if len(part) == size]
     calibration = None if int8 is None else _batches("int8", int8, inputs)
-    return written(target, model, batches, path, metadata, classes, calibration)
+    return written(target, model, batches, path, metadata, classes, calibration, any_size)
 
 
 def written(
@@ -116,12 +122,14 @@ def written(
     metadata: Mapping[str, str] | None = None,
     labels: Sequence[Tensor] | None = None,
     int8: Sequence[tuple[Tensor, ...]] | None = None,
+    any_size: bool = False,
 ) -> Exported:
     """The file of a target, compared with PyTorch on ``batches``, all of one size.
 
     Args:
         labels: of each batch.
         int8: batches to calibrate on, if the file shall be INT8.
+        any_size: see :func:`export`.
 
     Raises:
         DataError, ExportError: as :func:`export`.
@@ -132,7 +140,7 @@ def written(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             new = Path(folder) / path.name
             with torch.no_grad():
-                target.export(model, batches[0], new, metadata)
+                target.export(model, batches[0], new, metadata, any_size=any_size)
             agreement, before, kept = verify(target, new, model, batches, labels), None, []
             if int8 is not None:
                 whole, before = new.with_stem(f"{new.stem}-float"), agreement

@@ -21,6 +21,7 @@ class LiteRt(FileTarget):
     """LiteRT's interpreter, with XNNPACK where it has the operator. A file is for one batch."""
 
     name = "litert"
+    spin = 0.003
     suffix = ".tflite"
     any_batch = False
     extra = "litert"
@@ -32,6 +33,8 @@ class LiteRt(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         graph = exported_for(module, inputs).module()
         rewrites.replace_shuffles(graph)

@@ -42,6 +42,8 @@ class Native(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         """For inputs as they are, and channels last."""
         try:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from groupconv.targets import onnx_file, onnx_int8
 from groupconv.targets.base import FileTarget, Opened
-from groupconv.targets.program import BATCH
 
 
 class OnnxRuntime(FileTarget):
     """ONNX Runtime's CPU provider with all its rewritings."""
 
     name = "onnxruntime"
+    spin = 0.045
     suffix = ".onnx"
     extra = "onnx"
     modules = ("onnx", "onnxscript", "onnxruntime")
@@ -26,8 +26,10 @@ class OnnxRuntime(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
-        onnx_file.write(module, inputs, path, metadata)
+        onnx_file.write(module, inputs, path, metadata, any_size)
 
     def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
         import onnxruntime
@@ -35,8 +37,9 @@ class OnnxRuntime(FileTarget):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        # What may be any batch is slower than one that is known.
-        options.add_free_dimension_override_by_name(BATCH, len(inputs[0]))
+        # What may be of any size is slower than what is known.
+        for name, size in zip(onnx_file.names(inputs[0].shape), inputs[0].shape, strict=True):
+            options.add_free_dimension_override_by_name(name, size)
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )

@@ -21,6 +21,7 @@ class OpenVino(FileTarget):
     """OpenVINO's CPU plugin in float32, asked for low latency."""
 
     name = "openvino"
+    spin = 0.003
     suffix = ".xml"
     beside = (".bin",)
     extra = "openvino"
@@ -32,13 +33,15 @@ class OpenVino(FileTarget):
         inputs: tuple[Tensor, ...],
         path: Path,
         metadata: Mapping[str, str] | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         """By way of ONNX; the weights lie in ``.bin`` beside the file."""
         import openvino
 
         with tempfile.TemporaryDirectory(prefix="groupconv-") as folder:
             file = Path(folder) / "network.onnx"
-            onnx_file.write(module, inputs, file)
+            onnx_file.write(module, inputs, file, any_size=any_size)
             network = openvino.convert_model(file)
         for key, value in (metadata or {}).items():
             network.set_rt_info(value, key)

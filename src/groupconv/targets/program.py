@@ -10,25 +10,39 @@ from torch.export import ExportedProgram
 from groupconv.errors import ExportError
 from groupconv.targets.modulated import replace_modulated
 
-# The name of an axis of any size.
-BATCH = "batch"
+# The names of axes of any size.
+BATCH, SIZES = "batch", ("depth", "height", "width")
 # Of a batch that stands for any other: a single image would be taken for the only batch there is.
 _BATCH = 2
 
 
-def exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+def exported(
+    module: nn.Module, inputs: tuple[Tensor, ...], any_size: bool = False
+) -> ExportedProgram:
     """``module`` for any batch, or, where it depends on its batch, for that of ``inputs``.
 
     Convolutions with weights of their own for each image are rewritten: no format has them.
+
+    Args:
+        any_size: whether it must be for images of any batch and size, too.
 
     Raises:
         ExportError: PyTorch can't export it.
     """
     some = tuple(x.expand(_BATCH, *x.shape[1:]) if len(x) == 1 else x for x in inputs)
     batch = torch.export.Dim(BATCH)
+    sizes = torch.export.Dim.DYNAMIC
+    shapes = tuple(
+        {0: batch} | ({axis: sizes for axis in range(2, x.ndim)} if any_size else {})
+        for x in inputs
+    )
     try:
-        return _rewritten(module, some, tuple({0: batch} for _ in inputs))
+        return _rewritten(module, some, shapes)
     except Exception as error:  # The exporter raises errors of many types, all for this reason.
+        if any_size:
+            raise ExportError(
+                f"PyTorch can't export the network for images of any size: {error}"
+            ) from error
         logging.getLogger(__name__).info("no program for any batch: %s", error)
     return exported_for(module, inputs)
 
