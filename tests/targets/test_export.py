@@ -1,6 +1,8 @@
 """Networks in files of other runtimes: what they compute there, of what they are made."""
 
 import importlib.util
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,50 @@ def test_a_file_that_computes_something_else_is_removed(
         written(target, tmp_path, nn.Conv2d(4, 4, 1, groups=2), numbers(2, 4, 3, 3))
     (kept,) = tmp_path.iterdir()
     assert kept.read_text() == "before"
+
+
+def notes(path: Path) -> dict[str, str]:
+    """The metadata of a file."""
+    if path.suffix == ".onnx":
+        import onnx
+
+        return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    if path.suffix == ".xml":
+        import openvino
+
+        found = openvino.Core().read_model(path).get_rt_info()
+        return {name: value.astype(str) for name, value in found.items() if name == "plan"}
+    if path.suffix == ".tflite":
+        from ai_edge_litert import schema_py_generated as schema
+
+        model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+        return {
+            entry.name.decode(): bytes(model.buffers[entry.buffer].data).decode(errors="replace")
+            for entry in model.metadata
+        }
+    if path.suffix == ".mlpackage":
+        from coremltools.models import MLModel
+
+        return dict(MLModel(str(path), skip_model_load=True).user_defined_metadata)
+    if path.suffix == ".pt2":
+        kept = {"plan": ""}
+        torch.export.load(path, extra_files=kept)
+        return {name: value for name, value in kept.items() if value}
+    with zipfile.ZipFile(path) as archive:
+        return dict(json.loads(archive.read("program.json"))["metadata"])
+
+
+@every_target
+@pytest.mark.parametrize("int8", [False, True])
+def test_metadata(target: FileTarget, int8: bool, tmp_path: Path) -> None:
+    if int8 and type(target).quantize is FileTarget.quantize:
+        pytest.skip("it has no INT8")
+    net, x = nn.Conv2d(4, 4, 3, groups=2).eval(), numbers(2, 4, 5, 5)
+    path = tmp_path / f"net{target.suffix}"
+    groupconv.export(
+        net, x, path, metadata={"plan": "cafe"}, int8=numbers(8, 4, 5, 5) if int8 else None
+    )
+    assert notes(path).get("plan") == "cafe"
 
 
 @every_target

@@ -40,6 +40,8 @@ class LiteRt(FileTarget):
         rewrites.replace_shuffles(graph)
         rewrites.replace_transposed(graph)
         litert_convert.convert(exported_for(graph, inputs), path)
+        if metadata:
+            _note(path, metadata)
 
     def open(self, path: Path, inputs: tuple[Tensor, ...]) -> Opened:
         interpreter = _interpreter(path)
@@ -63,6 +65,23 @@ class LiteRt(FileTarget):
     def nodes(self, path: Path) -> dict[str, int]:
         names = [step["op_name"] for step in _interpreter(path)._get_ops_details()]
         return dict(Counter(name for name in names if name not in _ADDED))
+
+
+def _note(path: Path, metadata: Mapping[str, str]) -> None:
+    """Add entries to the metadata of a file, each a buffer with a name."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    for name, value in metadata.items():
+        entry, buffer = schema.MetadataT(), schema.BufferT()
+        buffer.data = list(value.encode())
+        entry.name, entry.buffer = name, len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata = [*(model.metadata or []), entry]
+    builder = flatbuffers.Builder(0)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(builder.Output())
 
 
 def _interpreter(path: Path) -> Any:
