@@ -51,7 +51,8 @@ ORDER = {
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
         "onnx_int8", "onnxruntime", "openvino", "rewrites", "litert_convert", "litert_int8",
-        "litert", "mil_functions", "mil", "coreml", "verify", "export", "table", "alone", "bench",
+        "litert", "executorch", "mil_functions", "mil",
+        "coreml", "verify", "export", "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],
     "optimize": [

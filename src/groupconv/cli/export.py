@@ -21,7 +21,7 @@ def export(
     out: Annotated[
         Path,
         typer.Argument(
-            help="File: .onnx, .xml (OpenVINO), .tflite, .mlpackage, .pt2 or .groupconv."
+            help="File: .onnx, .xml (OpenVINO), .tflite, .pte, .mlpackage, .pt2 or .groupconv."
         ),
     ],
     weights: Weights = None,

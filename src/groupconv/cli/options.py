@@ -15,7 +15,8 @@ Weights = Annotated[Path | None, typer.Option(help="State dict to load.")]
 Target = Annotated[
     str,
     typer.Option(
-        help="Runtime whose time counts: eager, inductor, native, onnxruntime, openvino, litert."
+        help="Runtime whose time counts: eager, inductor, native, onnxruntime, openvino, litert or "
+        "executorch."
     ),
 ]
 

@@ -12,6 +12,7 @@ from groupconv.errors import ArgumentError, DataError
 from groupconv.targets.base import FileTarget
 from groupconv.targets.coreml import CoreMl
 from groupconv.targets.eager import Eager
+from groupconv.targets.executorch import ExecuTorch
 from groupconv.targets.inductor import Inductor
 from groupconv.targets.litert import LiteRt
 from groupconv.targets.native import Native
@@ -20,7 +21,7 @@ from groupconv.targets.openvino import OpenVino
 from groupconv.targets.verify import INT8_TOLERANCE, Agreement, verify
 
 FILE_TARGETS: tuple[FileTarget, ...] = (
-    Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(), CoreMl(),
+    Eager(), Inductor(), Native(), OnnxRuntime(), OpenVino(), LiteRt(), ExecuTorch(), CoreMl(),
 )  # fmt: skip
 
 
@@ -74,8 +75,8 @@ def export(
         model: in evaluation mode.
         example_inputs: the network's arguments.
         path: the suffix tells the format: ``.onnx`` (ONNX Runtime), ``.xml`` (OpenVINO),
-            ``.tflite`` (LiteRT), ``.mlpackage`` (Core ML), ``.pt2`` (PyTorch) or ``.groupconv``
-            (native).
+            ``.tflite`` (LiteRT), ``.pte`` (ExecuTorch), ``.mlpackage`` (Core ML), ``.pt2``
+            (PyTorch) or ``.groupconv`` (native).
         images: ``(N, C, H, W)``, to compare on, in batches as large as the example; the example
             alone if there are none.
         labels: ``(N,)``, of the images, for the accuracy.
