@@ -66,7 +66,7 @@ def test_what_is_timed_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) ->
         assert [shape[0] for who, shape in opened if who == name] == [1, 1, 5]
 
 
-def refuse(self: object, *arguments: object) -> None:
+def refuse(self: object, *arguments: object, **options: object) -> None:
     raise ExportError("the format can't hold it")
 
 
