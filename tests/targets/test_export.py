@@ -254,7 +254,9 @@ def test_a_file_that_computes_something_else_is_removed(
 ) -> None:
     export, other = type(target).export, nn.Conv2d(4, 4, 1, groups=2).eval()
     monkeypatch.setattr(
-        type(target), "export", lambda self, module, *rest: export(self, other, *rest)
+        type(target),
+        "export",
+        lambda self, module, *rest, **options: export(self, other, *rest, **options),
     )
     with pytest.raises(ExportError, match="differs from PyTorch"):
         written(target, tmp_path, nn.Conv2d(4, 4, 1, groups=2), numbers(2, 4, 3, 3))
