@@ -30,7 +30,7 @@ from groupconv.cli.models import load_data, load_model
 from groupconv.optimize.budget import parse_budget
 from groupconv.optimize.cost import count_macs
 from groupconv.targets import get_target
-from groupconv.timing import Timing, interleave, machine
+from groupconv.timing import TURN, Timing, interleave, machine
 
 TARGETS = ("native", "onnxruntime", "openvino", "litert")
 _LIBRARIES = ("torch", "onnxruntime", "openvino", "ai-edge-litert", "litert-torch")
@@ -106,7 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target, report = get_target(name), reports[name]
         calls = {plan: target.build(net, (x,)) for plan, net in networks.items()}
         times = interleave(
-            calls, seconds=options.seconds, min_runs=21, max_runs=10_000, rest=target.rest
+            calls,
+            seconds=options.seconds,
+            min_runs=21,
+            max_runs=10_000,
+            rest=target.rest,
+            turn=TURN,
         )
         groups = {layer["name"]: layer["structure"] for layer in report["layers"]}
         predicted = 1 / report["predicted_speedup"]

@@ -77,6 +77,22 @@ def test_workers_of_one_call_are_waited_for(clock: Clock) -> None:
     assert starts[8] - starts[7] == 2 + 5
 
 
+def test_a_turn_of_many_passes(clock: Clock) -> None:
+    """After one untimed pass, as many as its time has room for; the next is not waited for."""
+    calls: list[tuple[str, float]] = []
+
+    def call(name: str) -> None:
+        calls.append((name, clock.now))
+        clock.now += 2
+
+    result = interleave(
+        {name: lambda name=name: call(name) for name in "AB"}, seconds=0, min_runs=2, turn=5
+    )
+    assert "".join(name for name, _ in calls) == "AABB" + 2 * "AAAABBBB"
+    assert result["B"] == Timing(2, 2, 2, 6)
+    assert {later - now for (_, now), (_, later) in zip(calls, calls[1:], strict=False)} == {2}
+
+
 def test_what_happens_between_two_passes() -> None:
     """Is done before each timed pass; the turn begins with a pass that is not timed."""
     calls: list[str] = []

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+# Seconds for which a whole network runs before it is another's turn.
+TURN = 0.01
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -35,6 +38,7 @@ def interleave(
     min_runs: int = 5,
     max_runs: int = 200,
     rest: float = 0.0,
+    turn: float = 0.0,
     between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every call in turn until ``seconds`` have passed, so that noise meets all alike.
@@ -48,6 +52,9 @@ def interleave(
         rest: seconds for which worker threads of one call keep their cores busy, waiting for more
             work, which others would pay for. Before each turn they are waited for; the next call
             then wakes its own in one untimed pass, and its turn lasts as long as the rest.
+        turn: seconds that a turn lasts at least, after one untimed pass: the time of a network that
+            runs again and again, whose weights the others' have not pushed out of the caches. 0:
+            one pass.
         between: what happens between two passes of one call where it really runs. Done before
             each timed pass, and an untimed pass at the beginning of the turn.
 
@@ -65,9 +72,9 @@ def interleave(
         for name, call in calls.items():
             if rest:
                 time.sleep(rest)
-            if rest or between:
+            if rest or turn or between:
                 call()
-            samples[name] += _turn(call, rest, between)
+            samples[name] += _turn(call, max(rest, turn), between)
     return {name: Timing.of(s) for name, s in samples.items()}
 
 

@@ -14,7 +14,7 @@ from groupconv.optimize.convert import Settled, structure_of
 from groupconv.optimize.evaluate import compare
 from groupconv.optimize.job import Job
 from groupconv.optimize.structure import Grouped, macs
-from groupconv.timing import interleave
+from groupconv.timing import TURN, interleave
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def beside(
     def relative(net: nn.Module) -> float:
         """Time of a network over that of ours, in one run."""
         calls = {"ours": ours, "other": job.target.build(net, (job.example(job.batch_size),))}
-        times = interleave(calls, seconds=_SECONDS, min_runs=7)
+        times = interleave(calls, seconds=_SECONDS, min_runs=7, turn=TURN)
         return times["other"].median / times["ours"].median
 
     nets: dict[str, nn.Module | str] = {
@@ -72,7 +72,7 @@ def beside(
         for name, net in nets.items()
         if isinstance(net, nn.Module)
     }
-    times = interleave(calls, seconds=2 * _SECONDS * len(calls), min_runs=7)
+    times = interleave(calls, seconds=2 * _SECONDS * len(calls), min_runs=7, turn=TURN)
     rows: list[dict[str, Any]] = []
     for name, net in nets.items():
         if isinstance(net, str):

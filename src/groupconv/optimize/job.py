@@ -24,7 +24,7 @@ from groupconv.optimize.store import Store, fingerprint
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
 from groupconv.targets import LatencyTable, Target
-from groupconv.timing import Timing, interleave
+from groupconv.timing import TURN, Timing, interleave
 from groupconv.version import __version__
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Job:
             before: lambda: self.target.build(self.model, example),
             after: lambda: self.target.build(net, example),
         }
-        times = self.table.measure(builds, seconds=1.5)
+        times = self.table.measure(builds, seconds=1.5, turn=TURN)
         return times[before], times[after]
 
     def latency(self, net: nn.Module) -> tuple[Timing, Timing]:
@@ -137,7 +137,9 @@ class Job:
             "before": self.target.build(self.model, example),
             "after": self.target.build(net, example),
         }
-        timings = interleave(calls, seconds=3.0, min_runs=7, max_runs=400, rest=self.target.rest)
+        timings = interleave(
+            calls, seconds=3.0, min_runs=7, max_runs=400, rest=self.target.rest, turn=TURN
+        )
         return timings["before"], timings["after"]
 
     def example(self, batch: int) -> Tensor:

@@ -16,7 +16,7 @@ from groupconv.targets import alone
 from groupconv.targets.base import FileTarget, Opened
 from groupconv.targets.export import FILE_TARGETS, Exported, written
 from groupconv.targets.verify import Agreement
-from groupconv.timing import Timing, interleave, machine
+from groupconv.timing import TURN, Timing, interleave, machine
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _times(ready: Mapping[FileTarget, Opened], seconds: float) -> dict[FileTarge
     calls = {target.name: opened.run for target, opened in ready.items()}
     # On one thread there are no workers.
     rest = _REST if torch.get_num_threads() > 1 else 0.0
-    times = interleave(calls, seconds=seconds * len(calls), max_runs=10_000, rest=rest)
+    times = interleave(calls, seconds=seconds * len(calls), max_runs=10_000, rest=rest, turn=TURN)
     return {target: times[target.name] for target in ready}
 
 

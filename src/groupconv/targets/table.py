@@ -54,6 +54,7 @@ class LatencyTable:
         build: Mapping[str, Callable[[], Callable[[], object]]],
         *,
         seconds: float,
+        turn: float = 0.0,
         between: Callable[[], object] | None = None,
     ) -> dict[str, Timing]:
         """Times of every key; those not known yet are measured in one interleaved run.
@@ -61,7 +62,7 @@ class LatencyTable:
         Args:
             build: key to a function that makes the callable to time.
             seconds: for each key that must be measured.
-            between: see :func:`groupconv.timing.interleave`.
+            turn, between: see :func:`groupconv.timing.interleave`.
         """
         missing = [key for key in build if key not in self.times]
         if missing:
@@ -69,7 +70,11 @@ class LatencyTable:
             calls = {key: make() for key, make in build.items()}
             self.reused -= calls.keys()
             self.times |= interleave(
-                calls, seconds=seconds * len(calls), rest=self.target.rest, between=between
+                calls,
+                seconds=seconds * len(calls),
+                rest=self.target.rest,
+                turn=turn,
+                between=between,
             )
             self.save()
         return {key: self.times[key] for key in build}
