@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing", "busy"},
+    {"errors", "files", "version", "timing", "busy", "events", "store"},
     {"kernels"},
     {"nn"},
     {"compiler"},
@@ -21,6 +21,7 @@ LEVELS = [
     {"data"},
     {"targets"},
     {"report"},
+    {"recovery"},
     {"optimize"},
     {"cli"},
 ]
@@ -55,12 +56,13 @@ ORDER = {
         "coreml", "verify", "export", "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],
+    "recovery": ["loss", "features", "augment", "options", "engine", "stages"],
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
         "covariance", "moments", "partition", "orders", "schur", "exchange", "refine", "search",
         "fit", "structure", "pair", "menu", "align", "budget", "select", "latency", "bake", "fold",
-        "convert", "evaluate", "importance", "sensitivity", "settle", "store", "survey", "refit",
-        "recover", "plan", "prune", "baselines", "job", "choose", "planning", "beside", "summary",
+        "convert", "evaluate", "importance", "sensitivity", "settle", "survey", "refit",
+        "plan", "prune", "baselines", "job", "choose", "planning", "beside", "summary",
         "finish", "pipeline",
     ],
     "cli": [
@@ -134,6 +136,7 @@ def test_public_names() -> None:
         "GroupConvError",
         "Plan",
         "Profile",
+        "Recovery",
         "Result",
         "__version__",
         "apply",
@@ -188,7 +191,8 @@ def threads():
 before = threads()
 import groupconv
 assert threads() == before, (before, threads())
-heavy = {"torchvision", "timm", "matplotlib", "onnx", "onnxruntime", "openvino", "typer"}
+heavy = {"accelerate", "torchvision", "timm", "matplotlib", "onnx", "onnxruntime", "openvino"}
+heavy |= {"typer"}
 loaded = heavy & {name.partition(".")[0] for name in sys.modules}
 assert not loaded, loaded
 """

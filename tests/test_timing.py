@@ -1,5 +1,6 @@
 """The clock: who is called when and how often, and what is made of the samples."""
 
+import itertools
 import json
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_turn_of_many_passes(clock: Clock) -> None:
     )
     assert "".join(name for name, _ in calls) == "AABB" + 2 * "AAAABBBB"
     assert result["B"] == Timing(2, 2, 2, 6)
-    assert {later - now for (_, now), (_, later) in zip(calls, calls[1:], strict=False)} == {2}
+    assert {later - now for (_, now), (_, later) in itertools.pairwise(calls)} == {2}
 
 
 def test_what_happens_between_two_passes() -> None:

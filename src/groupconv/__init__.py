@@ -22,6 +22,7 @@ from groupconv.optimize import (
     profile,
     sweep,
 )
+from groupconv.recovery import Recovery
 from groupconv.targets import Bench, Exported, bench, export
 from groupconv.version import __version__
 
@@ -37,6 +38,7 @@ __all__ = [
     "GroupConvError",
     "Plan",
     "Profile",
+    "Recovery",
     "Result",
     "__version__",
     "apply",

@@ -21,9 +21,9 @@ from groupconv.optimize.partition import Partition
 from groupconv.optimize.refit import refit
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
-from groupconv.optimize.store import Store
 from groupconv.optimize.structure import Grouped, Pair
 from groupconv.optimize.trace import Trace, trace
+from groupconv.store import Store
 
 
 class Mixed(nn.Module):

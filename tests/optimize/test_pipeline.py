@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import groupconv
 from groupconv.data import Images
+from groupconv.recovery import Recovery
 from groupconv.timing import Timing
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
@@ -128,13 +129,18 @@ def test_folded_shuffle_survives_saving(tmp_path: Path) -> None:
 def test_distillation_trains_the_converted_network_only() -> None:
     model, x = residual(), images(128)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    recover = Recovery("3s", train=images(256, seed=1))
     plain = groupconv.optimize(model, x, budget="40%macs", recover="none")
-    taught = groupconv.optimize(model, x, budget="40%macs", recover="2s")
+    taught = groupconv.optimize(model, x, budget="40%macs", recover=recover)
+    # The calibration images are the same: none of them is needed to judge by.
     assert plain.plan == taught.plan
-    assert "distil" in taught.report["seconds"]
-    assert "distil" not in plain.report["seconds"]
+    assert plain.report["recovery"] == []
+    stages = {stage["stage"]: stage for stage in taught.report["recovery"]}
+    assert list(stages) == ["batch norm", "blocks", "distil"]
+    assert stages["distil"]["after"] < stages["batch norm"]["before"]
+    assert "recover" in taught.report["seconds"]
     weights = zip(plain.model.parameters(), taught.model.parameters(), strict=True)
-    assert not any(torch.equal(a, b) for a, b in weights)
+    assert not all(torch.equal(a, b) for a, b in weights)
     assert torch.isfinite(_outputs(taught.model, x)).all()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

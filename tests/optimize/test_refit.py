@@ -16,9 +16,9 @@ from groupconv.optimize.moments import Sampling
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.plan import load, save_weights
 from groupconv.optimize.refit import refit
-from groupconv.optimize.store import Store
 from groupconv.optimize.structure import Grouped, Pair
 from groupconv.optimize.trace import trace
+from groupconv.store import Store
 
 NOTHING_KEPT = Store(None, "")
 FORWARD = tuple(range(16))

@@ -10,6 +10,7 @@ from networks import images
 from torch import nn
 
 import groupconv
+from groupconv.store import claimed
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
@@ -145,17 +146,33 @@ def test_interrupted_again_and_again(watch: Watch, tmp_path: Path) -> None:
 def test_what_is_kept_serves_the_same_run_only(
     change: dict[str, object], watch: Watch, tmp_path: Path
 ) -> None:
-    """Another seed, other images or another rule begin afresh in the same folder."""
+    """Another seed, other images or another rule are named, and begin afresh if asked to."""
     watch.stop = ("_fit_groups", 0, False)
     with pytest.raises(Interrupted):
         optimize(tmp_path / "out")
     watch.stop = None
-    options = {"data": images(40), "budget": "35%macs", "seed": 1, **change}
-    counts = watch.during(lambda: groupconv.plan(network(), out=tmp_path / "out", **options))
+    (name,) = change
+    with pytest.raises(
+        groupconv.DataError, match=f"unfinished run with other inputs: .*{name} was"
+    ):
+        optimize(tmp_path / "out", **change)
+    results: list[groupconv.Result] = []
+    counts = watch.during(
+        lambda: results.append(optimize(tmp_path / "out", restart=True, **change))
+    )
     assert counts["menu"] == LAYERS + (change.get("keep") == ("first",))
-    plan = groupconv.Plan.from_json((tmp_path / "out" / "plan.json").read_text())
-    assert plan == groupconv.plan(network(), **options)
+    assert_same(results[0], optimize(tmp_path / "other", **change))
     assert not (tmp_path / "out" / ".unfinished").exists()
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Two in one folder: the second is refused, and the first not disturbed."""
+    with claimed(tmp_path, {}, restart=False):
+        for restart in (False, True):
+            with pytest.raises(groupconv.DataError, match="another run writes there"):
+                optimize(tmp_path, restart=restart)
+        assert (tmp_path / ".unfinished" / "inputs.json").exists()
+    assert optimize(tmp_path, restart=True).plan.layers
 
 
 def test_the_survey_serves_another_budget(watch: Watch, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from groupconv.optimize.moments import Sampling, layer_moments
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.sensitivity import Sensitivity
-from groupconv.optimize.store import Store
 from groupconv.optimize.structure import Pair
 from groupconv.optimize.survey import Searches, Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, trace
+from groupconv.store import Store
 
 NAMES = ("conv1", "conv2")
 

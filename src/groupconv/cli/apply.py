@@ -8,7 +8,7 @@ import typer
 import groupconv
 from groupconv.cli import options as opt
 from groupconv.cli.console import JsonFlag, show_progress
-from groupconv.cli.models import load_data, load_trained
+from groupconv.cli.models import load_data, load_recovery, load_trained
 from groupconv.cli.outcome import check_floor, show_result
 from groupconv.errors import DataError
 
@@ -21,12 +21,14 @@ def apply(
     weights: opt.Weights = None,
     target: opt.Target = "eager",
     recover: opt.Recover = "none",
+    train: opt.Train = None,
     min_accuracy: opt.MinAccuracy = None,
     baselines: opt.Baselines = False,
     test: opt.Test = None,
     batch_size: opt.BatchSize = 1,
     max_images: opt.MaxImages = 1024,
     image_size: opt.ImageSize = 224,
+    restart: opt.Restart = False,
     json: JsonFlag = False,
 ) -> None:
     """Carry out a plan: the structures that it names, whatever they cost."""
@@ -36,10 +38,11 @@ def apply(
         load_data(data),
         _read(plan),
         target=target,
-        recover=recover,
+        recover=load_recovery(recover, train),
         min_accuracy=min_accuracy,
         baselines=baselines,
         out=out,
+        restart=restart,
         test=None if test is None else load_data(test),
         batch_size=batch_size,
         max_images=max_images,

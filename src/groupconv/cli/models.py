@@ -14,6 +14,7 @@ from torch import nn
 import groupconv
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError, DataError
+from groupconv.recovery import Recovery
 
 _FORMS = '"torchvision:resnet18", "timm:resnet18" or "path/to/file.py:function"'
 
@@ -61,6 +62,11 @@ def load_finished(name: str, weights: Path | None, optimized: Path | None) -> nn
 def load_data(name: str) -> Any:
     """What ``file.py:function`` returns; the name of a folder or an ``.npz`` as it is."""
     return load_function(name)() if ".py:" in name else name
+
+
+def load_recovery(time: str, train: str | None) -> Recovery:
+    """The recovery of some time, with images of its own if any are named."""
+    return Recovery(time, train=None if train is None else load_data(train))
 
 
 def load_function(name: str) -> Callable[[], Any]:

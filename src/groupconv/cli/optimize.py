@@ -7,7 +7,7 @@ import typer
 import groupconv
 from groupconv.cli import options as opt
 from groupconv.cli.console import JsonFlag, show_progress
-from groupconv.cli.models import load_data, load_trained
+from groupconv.cli.models import load_data, load_recovery, load_trained
 from groupconv.cli.outcome import check_budgets, check_floor, show_result, show_sweep
 from groupconv.errors import ArgumentError
 
@@ -27,6 +27,7 @@ def optimize(
     ] = None,
     target: opt.Target = "eager",
     recover: opt.Recover = "none",
+    train: opt.Train = None,
     keep: opt.Keep = None,
     round_to: opt.RoundTo = 1,
     min_accuracy: opt.MinAccuracy = None,
@@ -36,6 +37,7 @@ def optimize(
     max_images: opt.MaxImages = 1024,
     image_size: opt.ImageSize = 224,
     seed: opt.Seed = 0,
+    restart: opt.Restart = False,
     json: JsonFlag = False,
 ) -> None:
     """Turn a trained CNN into a network of grouped convolutions under a budget, or under each."""
@@ -49,11 +51,12 @@ def optimize(
     net = load_trained(model, weights)
     shared: dict[str, Any] = {
         "target": target,
-        "recover": recover,
+        "recover": load_recovery(recover, train),
         "keep": keep or opt.DEFAULT_KEEP,
         "round_to": round_to,
         "baselines": baselines,
         "out": out,
+        "restart": restart,
         "seed": seed,
         "test": None if test is None else load_data(test),
         "batch_size": batch_size,

@@ -51,6 +51,17 @@ RoundTo = Annotated[
     int, typer.Option(help="Channels per group are multiples of this, except depthwise.")
 ]
 Recover = Annotated[str, typer.Option(help="none, bn, or a time such as 10min.")]
+Restart = Annotated[
+    bool,
+    typer.Option("--restart", help="Forget a run with other inputs that was interrupted there."),
+]
+Train = Annotated[
+    str | None,
+    typer.Option(
+        help="Images for --recover to learn from, and their labels if they have any; default: the "
+        "data."
+    ),
+]
 MinAccuracy = Annotated[
     float | None,
     typer.Option(

@@ -32,6 +32,7 @@ def plan(
     max_images: opt.MaxImages = 1024,
     image_size: opt.ImageSize = 224,
     seed: opt.Seed = 0,
+    restart: opt.Restart = False,
     json: JsonFlag = False,
 ) -> None:
     """Choose a structure for every layer and write plan.json; groupconv apply carries it out."""
@@ -45,6 +46,7 @@ def plan(
         keep=keep or opt.DEFAULT_KEEP,
         round_to=round_to,
         out=out,
+        restart=restart,
         seed=seed,
         test=None if test is None else load_data(test),
         batch_size=batch_size,

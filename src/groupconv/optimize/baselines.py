@@ -16,8 +16,8 @@ from groupconv.optimize.moments import Sampling
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.prune import importance, prunable, prune, refit_pruned, strongest
 from groupconv.optimize.refit import refit
-from groupconv.optimize.store import Store
 from groupconv.optimize.trace import Trace
+from groupconv.store import Store
 
 log = logging.getLogger(__name__)
 

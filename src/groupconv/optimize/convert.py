@@ -22,6 +22,7 @@ from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.structure import Grouped, Structure, from_dict, to_dict
 from groupconv.optimize.trace import Trace, TracedConv
+from groupconv.recovery import Feature
 
 # What stands in place of a layer: a grouped convolution with the channels of its groups, or another
 # structure, which takes the channels as they come.
@@ -92,6 +93,18 @@ class Converted:
     def placed(self) -> tuple[Placed, ...]:
         """Those that were changed."""
         return tuple(where for where in self.convs if where.conv.name in self.edits)
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What the changed layers write, or the batch norms after them, in both networks."""
+        found = []
+        for where in self.placed:
+            channels, order = where.channels_out, self.edits[where.conv.name].order_out
+            if order is not None:
+                channels = tuple(channels[i] for i in order)
+            module = where.conv.batch_norm or where.conv.name
+            found.append(Feature(module, module, channels))
+        return tuple(found)
 
     @property
     def permutations(self) -> tuple[str, ...]:

@@ -17,14 +17,12 @@ from groupconv.optimize.evaluate import Quality, compare
 from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
 from groupconv.optimize.plan import Plan, save_weights
-from groupconv.optimize.recover import distil, reestimate_batch_norm
 from groupconv.optimize.refit import refit
 from groupconv.optimize.structure import DENSE
 from groupconv.optimize.summary import LayerRow, summarize, write_report
+from groupconv.recovery import Recovery
 
 log = logging.getLogger(__name__)
-
-_CHECK_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,42 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A plan carried out.
+
+    Args:
+        converted: its network.
+        losses: layer name to the share of its variance that is lost.
+        refitted: the network before recovery.
+        fitted, quality: how good it was then, and is now.
+        stages: of the recovery.
+    """
+
+    converted: Converted
+    losses: dict[str, float]
+    refitted: nn.Module
+    fitted: Quality
+    quality: Quality
+    stages: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Finish:
     """How plans of one run are carried out.
 
     Args:
         job: the run.
         held_out: images to report on.
-        recover: as the user wrote it.
-        seconds: of distillation, 0 for batch norm alone, None for no recovery.
+        recover: what is done after the refit.
+        judged: images by which it is told whether that helps.
         min_accuracy: see :func:`optimize`, or None.
         baselines: whether to build and measure them beside each result.
     """
 
     job: Job
     held_out: Images
-    recover: str
-    seconds: float | None
+    recover: Recovery
+    judged: Images
     min_accuracy: float | None
     baselines: bool
 
@@ -77,7 +95,8 @@ class Finish:
         # Those of a plan may be of structures that a person has changed since.
         reasons = dict(plan.reasons) if decisions else {}
         while True:
-            converted, losses, refitted, fitted, quality = self._fit(plan)
+            carried = self._carry_out(plan)
+            converted, losses, quality = carried.converted, carried.losses, carried.quality
             score = (
                 quality.accuracy_after if quality.accuracy_after is not None else quality.agreement
             )
@@ -99,17 +118,18 @@ class Finish:
             net=converted.model,
             layers=self._rows(plan, decisions, reasons, converted, losses),
             left=job.mapped.skipped,
-            fitted=fitted,
+            fitted=carried.fitted,
             quality=quality,
             latency=latency,
             predicted=plan.latency,
             macs=(job.macs, job.count_macs(converted.model)),
+            recovery=carried.stages,
             steps=job.steps,
             settings={
                 "model": job.name,
                 "budget": plan.budget,
                 "target": job.target.name,
-                "recover": self.recover,
+                "recover": self.recover.time,
                 "seed": job.seed,
                 "batch_size": job.batch_size,
                 "input_shape": list(job.images.images.shape[1:]),
@@ -120,50 +140,42 @@ class Finish:
         )
         if self.baselines and plan.layers:
             with job.step("baselines"):
-                report["baselines"] = beside(job, plan.layers, refitted, self.held_out)
+                report["baselines"] = beside(job, plan.layers, carried.refitted, self.held_out)
         if folder is not None:
             save_weights(folder, converted.model, converted.edits, job.folded, job.baked)
             write_report(folder, plan, report)
         return Result(converted.model, plan, report)
 
-    def _fit(self, plan: Plan) -> tuple[Converted, dict[str, float], nn.Module, Quality, Quality]:
-        """The network, the losses of its layers, and what it was before recovery; how good both."""
+    def _carry_out(self, plan: Plan) -> Carried:
+        """The network of a plan: converted, refitted, recovered."""
         job = self.job
         converted = convert(job.model, job.mapped, plan.layers)
         with job.step("refit"):
             losses = refit(job.model, converted, job.sampling, job.store("refit"), job.importance)
         fitted = compare(job.model, converted.model, self.held_out)
         log.info("refitted: %s", _in_words(fitted))
-        if self.seconds is None or not converted.placed:
-            return converted, losses, converted.model, fitted, fitted
+        if self.recover.seconds is None or not converted.placed:
+            return Carried(converted, losses, converted.model, fitted, fitted, [])
         net, refitted = converted.model, copy.deepcopy(converted.model)
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
-            with job.step("batch norm"):
-                self._reestimate(net)
-        if self.seconds:
-            with job.step("distil"):
-                count = distil(job.model, net, job.shuffled, self.seconds)
-            log.info("distilled for %d steps", count)
+        # Here, because accelerate would add seconds to `import groupconv`.
+        from groupconv.recovery.stages import School
+
+        with job.step("recover"):
+            school = School.of(
+                job.model,
+                converted.features,
+                job.images,
+                self.judged,
+                self.recover,
+                batch=job.training_batch,
+                seed=job.seed,
+                # Learning depends on all that the plan changes.
+                store=job.store("recover", plan.to_json(), self.recover.described()),
+            )
+            stages = school.teach(net)
         quality = compare(job.model, net, self.held_out)
         log.info("recovered: %s", _in_words(quality))
-        return converted, losses, refitted, fitted, quality
-
-    def _reestimate(self, net: nn.Module) -> None:
-        """Re-estimate batch norm, and go back where that takes the output further away.
-
-        It helps where the layers lost much; where the refit kept the statistics, it adds noise.
-        """
-        job = self.job
-        sample = Images(job.images.images[:_CHECK_IMAGES], None, job.images.source)
-        fitted = {name: value.clone() for name, value in net.named_buffers()}
-        before = compare(job.model, net, sample).output_error
-        reestimate_batch_norm(net, job.batches())
-        after = compare(job.model, net, sample).output_error
-        log.info("batch norm re-estimated: output error %.4f, %.4f before", after, before)
-        if after > before:
-            log.info("batch norm: re-estimate not kept")
-            for name, value in net.named_buffers():
-                value.copy_(fitted[name])
+        return Carried(converted, losses, refitted, fitted, quality, stages)
 
     def _rows(
         self,

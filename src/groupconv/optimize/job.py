@@ -20,9 +20,9 @@ from groupconv.optimize.evaluate import run
 from groupconv.optimize.fold import fold_permutations
 from groupconv.optimize.importance import output_importance
 from groupconv.optimize.moments import Sampling
-from groupconv.optimize.store import Store, fingerprint
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
+from groupconv.store import Store, fingerprint
 from groupconv.targets import LatencyTable, Target
 from groupconv.timing import TURN, Timing, interleave
 from groupconv.version import __version__
@@ -33,6 +33,7 @@ _MOMENT_IMAGES = 2_048
 _MAX_POSITIONS = 20_000
 # Images of a batch, at most, and pixels: the activations of 41 images of 224 x 224 take about 1 GB.
 _BATCH, _PIXELS = 128, 1 << 21
+_TRAINING_BATCH = 64
 # A backward pass keeps all activations of a batch.
 _IMPORTANCE_IMAGES, _IMPORTANCE_BATCH = 64, 16
 
@@ -72,6 +73,8 @@ class Job:
         self.name = type(model).__name__
         self.images, self.target, self.seed, self.batch_size = images, target, seed, batch_size
         self.pixels = math.prod(images.images.shape[2:])
+        # Of the images that a network learns from: a backward pass keeps all activations.
+        self.training_batch = max(min(_TRAINING_BATCH, _PIXELS // self.pixels // 4), 2)
         self.device = next(model.parameters()).device
         self.folder = folder
         self.table = LatencyTable(target, None if folder is None else folder / "latency.json")
@@ -146,17 +149,6 @@ class Job:
         """Real images, repeated if there are too few."""
         index = torch.arange(batch) % len(self.images)
         return self.images.images[index].to(self.device)
-
-    def batches(self) -> Iterator[Tensor]:
-        """All calibration images."""
-        for batch in _parts(self.images.images, self.pixels):
-            yield batch.to(self.device)
-
-    def shuffled(self, epoch: int) -> Iterator[Tensor]:
-        """The same in another order for each epoch."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        for index in _parts(torch.randperm(len(self.images), generator=generator), self.pixels):
-            yield self.images.images[index].to(self.device)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

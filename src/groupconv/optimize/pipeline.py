@@ -1,14 +1,16 @@
 """optimize(), plan(), apply() and sweep(): the steps of the scheme in their order."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
@@ -20,11 +22,16 @@ from groupconv.optimize.finish import Finish, Result
 from groupconv.optimize.job import Job
 from groupconv.optimize.plan import PLAN, Plan
 from groupconv.optimize.planning import FIRST, LAST, Planner
-from groupconv.optimize.recover import parse_recover
 from groupconv.optimize.settle import complete
+from groupconv.recovery import Recovery
+from groupconv.store import claimed, fingerprint
 from groupconv.targets import get_target
+from groupconv.version import __version__
 
 _KEEP = (FIRST, LAST)
+_MOST_IMAGES = 1_000_000
+# Of the images to learn from, one in so many is judged by, at most so many.
+_JUDGED, _MOST_JUDGED = 10, 512
 
 
 def optimize(
@@ -33,9 +40,10 @@ def optimize(
     *,
     budget: str | Sequence[str] = "2x",
     target: str = "eager",
-    recover: str = "none",
+    recover: str | Recovery = "none",
     keep: Sequence[str] = _KEEP,
     out: str | Path | None = None,
+    restart: bool = False,
     seed: int = 0,
     test: Any = None,
     batch_size: int = 1,
@@ -47,7 +55,7 @@ def optimize(
 ) -> Result:
     """Turn a trained CNN into a network of grouped convolutions under a budget.
 
-    The model itself is left as it was. Labels are used only to report accuracy. Interrupted and
+    The model itself is left as it was. Interrupted and
     called again with the same arguments and ``out``, it goes on where it stopped.
 
     Args:
@@ -58,11 +66,13 @@ def optimize(
             several of them, of which all must hold.
         target: the runtime whose measured time counts; "eager", "native", "onnxruntime",
             "openvino" or "litert".
-        recover: "none"; "bn" re-estimates batch norm; a time such as "10min" also distils from
-            the original network for so long.
+        recover: "none"; "bn" re-estimates batch norm; with a time such as "10min" the result also
+            learns from the original network, and from labels where data has any, for so long.
+            More can be asked for with a :class:`Recovery`.
         keep: names or patterns (``"layer4.*"``) of layers to leave as they are; "first" is the
             first convolution, "last" one that makes the network's output.
         out: folder for model.safetensors, plan.json, report.json and report.html.
+        restart: whether to forget a run with other arguments that was interrupted there.
         seed: of every random choice.
         test: images to report on, in any form that data takes; by default a fifth of data is
             held out.
@@ -91,7 +101,8 @@ def optimize(
     )
     _check_round_to(round_to)
     source = _Source(data, test, max_images, image_size, seed)
-    with _started(model, source, options, out) as (job, finish):
+    asked = {"budget": _texts(budget), "keep": list(keep), "round_to": round_to}
+    with _started(model, source, options, out, asked, restart) as (job, finish):
         plan, decisions = Planner(job, keep, round_to).plan(limits)
         result = finish(plan, decisions, job.folder)
         job.store().clear()
@@ -106,6 +117,7 @@ def plan(
     target: str = "eager",
     keep: Sequence[str] = _KEEP,
     out: str | Path | None = None,
+    restart: bool = False,
     seed: int = 0,
     test: Any = None,
     batch_size: int = 1,
@@ -116,8 +128,8 @@ def plan(
     """The plan that :func:`optimize` would carry out, to be looked at or edited.
 
     Args:
-        model, data, budget, target, keep, seed, batch_size, max_images, image_size, round_to: see
-            :func:`optimize`.
+        model, data, budget, target, keep, restart, seed, batch_size, max_images, image_size,
+            round_to: see :func:`optimize`.
         out: folder for plan.json.
         test: if None, a fifth of data is left aside, as :func:`optimize` does.
 
@@ -127,7 +139,8 @@ def plan(
     limits, options = parse_budgets(budget), _Options(target, "none", batch_size, None, False)
     _check_round_to(round_to)
     source = _Source(data, test, max_images, image_size, seed)
-    with _started(model, source, options, out) as (job, _):
+    asked = {"budget": _texts(budget), "keep": list(keep), "round_to": round_to}
+    with _started(model, source, options, out, asked, restart) as (job, _):
         made, _ = Planner(job, keep, round_to).plan(limits)
         if job.folder is not None:
             write_text(job.folder / PLAN, made.to_json())
@@ -141,8 +154,9 @@ def apply(
     plan: Plan,
     *,
     target: str = "eager",
-    recover: str = "none",
+    recover: str | Recovery = "none",
     out: str | Path | None = None,
+    restart: bool = False,
     test: Any = None,
     batch_size: int = 1,
     max_images: int = 1_024,
@@ -153,8 +167,8 @@ def apply(
     """Carry out a plan.
 
     Args:
-        model, data, target, recover, out, test, batch_size, max_images, image_size, min_accuracy,
-            baselines: see :func:`optimize`.
+        model, data, target, recover, out, restart, test, batch_size, max_images, image_size,
+            min_accuracy, baselines: see :func:`optimize`.
         plan: of :func:`plan`, or written by hand; grouped layers without orders of their channels
             get the best that are found. Its seed is used.
 
@@ -165,7 +179,7 @@ def apply(
     """
     options = _Options(target, recover, batch_size, min_accuracy, baselines)
     source = _Source(data, test, max_images, image_size, plan.seed)
-    with _started(model, source, options, out) as (job, finish):
+    with _started(model, source, options, out, {"plan": plan.to_json()}, restart) as (job, finish):
         check(job.mapped, plan.layers)
         layers = complete(job.mapped, plan.layers, job.searches)
         result = finish(replace(plan, layers=layers), {}, job.folder)
@@ -179,9 +193,10 @@ def sweep(
     *,
     budgets: Sequence[str],
     target: str = "eager",
-    recover: str = "none",
+    recover: str | Recovery = "none",
     keep: Sequence[str] = _KEEP,
     out: str | Path | None = None,
+    restart: bool = False,
     seed: int = 0,
     test: Any = None,
     batch_size: int = 1,
@@ -193,7 +208,7 @@ def sweep(
     """:func:`optimize` under several budgets in turn; what they share is done once.
 
     Args:
-        model, data, target, recover, keep, seed, test, batch_size, max_images, image_size,
+        model, data, target, recover, keep, restart, seed, test, batch_size, max_images, image_size,
             round_to, baselines: see :func:`optimize`.
         budgets: each for a network of its own.
         out: folder for a folder for each budget, frontier.json and frontier.html.
@@ -214,7 +229,8 @@ def sweep(
         raise ArgumentError(f"budgets={budgets!r} must differ: each has a folder of its own")
     _check_round_to(round_to)
     source = _Source(data, test, max_images, image_size, seed)
-    with _started(model, source, options, out) as (job, finish):
+    asked = {"budgets": [_texts(b) for b in budgets], "keep": list(keep), "round_to": round_to}
+    with _started(model, source, options, out, asked, restart) as (job, finish):
         planner = Planner(job, keep, round_to)
         results = []
         for text, each in zip(budgets, limits, strict=True):
@@ -231,14 +247,13 @@ class _Options:
     """Arguments that the verbs share."""
 
     target: str
-    recover: str
+    recover: str | Recovery
     batch_size: int
     min_accuracy: float | None
     baselines: bool
 
     def __post_init__(self) -> None:
         get_target(self.target)
-        parse_recover(self.recover)
         if self.batch_size < 1:
             raise ArgumentError(f"batch_size={self.batch_size!r} must be a positive integer")
         if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
@@ -264,23 +279,58 @@ class _Source:
         if self.test is None:
             held_out, images = images.shuffled(seed).split(max(1, len(images) // 5))
         else:
-            held_out = load_images(self.test, limit=1_000_000, image_size=size, seed=seed)
+            held_out = load_images(self.test, limit=_MOST_IMAGES, image_size=size, seed=seed)
         if len(images) < 2:
             raise DataError(
                 f"{images.source}: {len(images)} images are left to calibrate on; give more"
             )
         return images, held_out
 
+    def recovery(self, recover: str | Recovery) -> Recovery:
+        """What is asked for, its images at hand."""
+        found = recover if isinstance(recover, Recovery) else Recovery(recover)
+        if found.train is None or isinstance(found.train, DataLoader):
+            return found
+        train = load_images(
+            found.train, limit=_MOST_IMAGES, image_size=self.image_size, seed=self.seed
+        )
+        return replace(found, train=train)
+
 
 @contextmanager
 def _started(
-    model: nn.Module, source: _Source, options: _Options, out: str | Path | None
+    model: nn.Module,
+    source: _Source,
+    options: _Options,
+    out: str | Path | None,
+    asked: Mapping[str, Any],
+    restart: bool,
 ) -> Iterator[tuple[Job, Finish]]:
-    """A job after its arguments were checked, and how it ends; the model evaluates meanwhile."""
+    """A job after its arguments were checked, and how it ends; the model evaluates meanwhile.
+
+    Args:
+        asked: what the verb was asked for beside the options.
+    """
     folder = None if out is None else output_folder(out)
     _check_weights(model)
     images, held_out = source.load()
-    with evaluation_mode(model), torch.random.fork_rng():
+    recovery = source.recovery(options.recover)
+    images, recovery, judged = _judged(images, recovery)
+    with ExitStack() as stack:
+        if folder is not None:
+            inputs = {
+                "model": f"{type(model).__name__} {fingerprint(model.state_dict().items())}",
+                "data": _described(images),
+                "test": _described(held_out),
+                **asked,
+                **asdict(replace(options, recover=recovery.described())),
+                "seed": source.seed,
+                "groupconv": __version__,
+                "torch": torch.__version__,
+            }
+            stack.enter_context(claimed(folder, inputs, restart=restart))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(source.seed)
         job = Job(
             model,
@@ -290,17 +340,37 @@ def _started(
             batch_size=options.batch_size,
             folder=folder,
         )
-        yield (
-            job,
-            Finish(
-                job,
-                held_out,
-                options.recover,
-                parse_recover(options.recover),
-                options.min_accuracy,
-                options.baselines,
-            ),
-        )
+        finish = Finish(job, held_out, recovery, judged, options.min_accuracy, options.baselines)
+        yield job, finish
+
+
+def _described(images: Images) -> str:
+    tensors = [("images", images.images)]
+    tensors += [] if images.labels is None else [("labels", images.labels)]
+    return f"{len(images)} images, {fingerprint(tensors)}"
+
+
+def _texts(budget: str | Sequence[str]) -> list[str]:
+    return [budget] if isinstance(budget, str) else list(budget)
+
+
+def _judged(images: Images, recovery: Recovery) -> tuple[Images, Recovery, Images]:
+    """Images that nothing is fitted to set aside, to judge by them what is learned.
+
+    Returns:
+        the calibration images and the recovery without them, and these.
+    """
+    if recovery.seconds is None:
+        return images, recovery, images
+    if isinstance(recovery.train, Images):
+        judged, train = _apart(recovery.train)
+        return images, replace(recovery, train=train), judged
+    judged, images = _apart(images)
+    return images, recovery, judged
+
+
+def _apart(images: Images) -> tuple[Images, Images]:
+    return images.split(min(math.ceil(len(images) / _JUDGED), _MOST_JUDGED))
 
 
 def _write_frontier(folder: Path, results: Sequence[Result]) -> None:

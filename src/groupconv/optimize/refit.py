@@ -19,8 +19,8 @@ from groupconv.optimize.fit import fit_groups
 from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments, layer_moments
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.store import Store
 from groupconv.optimize.structure import Pair
+from groupconv.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -67,6 +67,7 @@ def summarize(
     latency: tuple[Timing, Timing],
     predicted: float | None,
     macs: tuple[int, int],
+    recovery: Sequence[Mapping[str, Any]],
     steps: Mapping[str, float],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def summarize(
         latency: of the whole networks, in one interleaved run.
         predicted: latency of the network as a share of the original's, if the plan says so.
         macs: of the whole networks.
+        recovery: its stages.
         steps: seconds of each step of the run.
         settings: arguments of the run.
     """
@@ -103,6 +105,7 @@ def summarize(
         "params": _pair(*params),
         "layers": [layer.to_dict() for layer in layers],
         "left_as_they_are": dict(left),
+        "recovery": list(recovery),
         "seconds": dict(steps),
     }
 

@@ -15,9 +15,9 @@ from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
 from groupconv.optimize.sensitivity import Sensitivity, Trials
-from groupconv.optimize.store import Store
 from groupconv.optimize.structure import Pair, from_dict, to_dict
 from groupconv.optimize.trace import Trace, TracedConv
+from groupconv.store import Store
 
 log = logging.getLogger(__name__)
 

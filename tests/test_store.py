@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import assert_close
 
-from groupconv.optimize.store import Store, fingerprint
+from groupconv.store import Store, fingerprint
 
 VALUES = {"losses": [0.25, 1e-300, 3], "start": "energy", "partition": None}
 TENSORS = {
@@ -91,7 +91,7 @@ def test_a_run_killed_while_it_writes_leaves_no_part(
     code = f"""
 import os, signal, torch
 from pathlib import Path
-from groupconv.optimize.store import Store
+from groupconv.store import Store
 
 def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
