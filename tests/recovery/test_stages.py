@@ -218,7 +218,7 @@ def test_goes_on_where_it_was_killed(
     teacher = residual()
     student = moved_away(teacher)
     # The time would plan another number of steps each time.
-    monkeypatch.setattr(engine._Run, "_planned", lambda self, seconds: 23)
+    monkeypatch.setattr(engine._Run, "_planned", lambda self, seconds: (23, 20))
     first = next(n for n, m in teacher.named_modules() if isinstance(m, nn.BatchNorm2d))
     channels = tuple(range(teacher.get_submodule(first).num_features))
     taps = {"features": [Feature(first, first, channels)] if features else ()}

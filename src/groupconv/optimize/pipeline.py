@@ -315,7 +315,7 @@ def _started(
     _check_weights(model)
     images, held_out = source.load()
     recovery = source.recovery(options.recover)
-    images, recovery, judged = _judged(images, recovery)
+    images, recovery, judged = _judged(images, recovery, source.seed)
     with ExitStack() as stack:
         if folder is not None:
             inputs = {
@@ -354,7 +354,7 @@ def _texts(budget: str | Sequence[str]) -> list[str]:
     return [budget] if isinstance(budget, str) else list(budget)
 
 
-def _judged(images: Images, recovery: Recovery) -> tuple[Images, Recovery, Images]:
+def _judged(images: Images, recovery: Recovery, seed: int) -> tuple[Images, Recovery, Images]:
     """Images that nothing is fitted to set aside, to judge by them what is learned.
 
     Returns:
@@ -363,14 +363,16 @@ def _judged(images: Images, recovery: Recovery) -> tuple[Images, Recovery, Image
     if recovery.seconds is None:
         return images, recovery, images
     if isinstance(recovery.train, Images):
-        judged, train = _apart(recovery.train)
+        judged, train = _apart(recovery.train, seed)
         return images, replace(recovery, train=train), judged
-    judged, images = _apart(images)
+    judged, images = _apart(images, seed)
     return images, recovery, judged
 
 
-def _apart(images: Images) -> tuple[Images, Images]:
-    return images.split(min(math.ceil(len(images) / _JUDGED), _MOST_JUDGED))
+def _apart(images: Images, seed: int) -> tuple[Images, Images]:
+    # Shuffled: those of a folder are sorted by class.
+    count = min(math.ceil(len(images) / _JUDGED), _MOST_JUDGED)
+    return images.shuffled(seed).split(count)
 
 
 def _write_frontier(folder: Path, results: Sequence[Result]) -> None:

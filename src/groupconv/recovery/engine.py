@@ -24,10 +24,14 @@ _WEIGHT_DECAY = 1e-4
 # Gradients longer than this are shortened: a cut network's first steps are its steepest.
 _CLIP = 5.0
 _WARM_UP = 0.05
+# The learning rate at its peak, for a loss of 1 at the beginning and so many steps or more. A
+# student that has lost little is thrown back by steps as long as one that has lost all needs.
+_RATE, _LEAST_RATE, _LONG = 3e-3, 3e-4, 500
 # The average looks back over this share of the steps.
 _MEMORY = 0.02
-# The student is scored so often, and learning ends after so many scores without a lower one.
-_CHECKS, _PATIENCE = 20, 8
+# The student is scored so often, if that takes no more than this share of the time, and learning
+# ends after so many scores without a lower one.
+_CHECKS, _CHECKS_SHARE, _PATIENCE = 20, 0.1, 8
 # Steps are timed until so many are known, or this share of the time is gone.
 _TIMED, _TIMED_SHARE = 8, 0.05
 _SAVE_EVERY = 30.0
@@ -88,7 +92,7 @@ def learn(
     lesson: Lesson,
     *,
     seconds: float,
-    learning_rate: float,
+    learning_rate: float | None,
     sync_batch_norm: bool,
     seed: int,
     store: Store,
@@ -105,7 +109,7 @@ def learn(
         student: in place; left in evaluation mode, on its device.
         lesson: what it learns from.
         seconds: of wall time.
-        learning_rate: at its peak.
+        learning_rate: at its peak, or None.
         sync_batch_norm: whether batch norm takes its statistics over all processes.
         seed: of all that is random.
         store: keeps how far it has come.
@@ -155,18 +159,19 @@ class _Run:
         student: nn.Module,
         lesson: Lesson,
         spread: Accelerator,
-        learning_rate: float,
+        learning_rate: float | None,
         sync_batch_norm: bool,
         seed: int,
         store: Store,
     ) -> None:
         self.name, self.student, self.lesson, self.spread = name, student, lesson, spread
-        self.learning_rate, self.seed, self.store = learning_rate, seed, store
+        self.peak = _LEAST_RATE if learning_rate is None else learning_rate
+        self.chosen, self.seed, self.store = learning_rate is not None, seed, store
         wrapped = student
         if sync_batch_norm and spread.num_processes > 1:
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.optimizer = torch.optim.AdamW(
-            student.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY
+            student.parameters(), lr=self.peak, weight_decay=_WEIGHT_DECAY
         )
         self.wrapped, self.prepared, self.loader = spread.prepare(
             wrapped, self.optimizer, lesson.loader
@@ -177,7 +182,7 @@ class _Run:
         if seconds <= 0:
             score = self._score(self.student)
             return Learned(0, 0, 0, score, score, None)
-        planned = self._planned(seconds)
+        planned, checks = self._planned(seconds)
         decay = 1 - 1 / max(_MEMORY * planned, 2)
         average = AveragedModel(
             self.student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
@@ -187,7 +192,10 @@ class _Run:
         if state is None:
             first = self._score(self.student)
             state = _State(before=first, after=first)
-        check = max(planned // _CHECKS, 1)
+        if not self.chosen:
+            needed = _RATE * min(state.before, 1.0) * min(planned / _LONG, 1.0)
+            self.peak = max(needed, _LEAST_RATE)
+        check = max(planned // checks, 1)
         stopped = None
         for batch in self._batches(state.step, planned):
             loss = self._step(batch, state.step, planned)
@@ -215,11 +223,11 @@ class _Run:
         self.student.load_state_dict(best)
         return Learned(state.step, planned, state.best, state.before, state.after, stopped)
 
-    def _planned(self, seconds: float) -> int:
-        """How many steps there is time for: timed on a copy, or known from before."""
+    def _planned(self, seconds: float) -> tuple[int, int]:
+        """How many steps and scores there is time for, by a trial or as known from before."""
         known = self.store.read(f"{self.name} steps")
         if known is not None:
-            return int(known)
+            return known[0], known[1]
         kept = _weights(self.student)
         average = AveragedModel(self.student, use_buffers=True)
         samples: list[float] = []
@@ -234,15 +242,16 @@ class _Run:
                 break
         # The first allocates.
         each = statistics.median(samples[1:] or samples)
-        scoring = time.perf_counter()
+        began = time.perf_counter()
         self._score(self.student)
-        left = seconds - (time.perf_counter() - start)
-        left -= (_CHECKS + 1) * (time.perf_counter() - scoring)
+        scoring = time.perf_counter() - began
+        checks = min(max(int(_CHECKS_SHARE * seconds / scoring), 1), _CHECKS)
+        left = seconds - (time.perf_counter() - start) - (checks + 1) * scoring
         self.student.load_state_dict(kept)
         self.optimizer.state.clear()
-        planned = self._agreed(max(int(left / each), 1))
-        self.store.write(f"{self.name} steps", planned)
-        return planned
+        planned, checks = self._agreed((max(int(left / each), 1), checks))
+        self.store.write(f"{self.name} steps", [planned, checks])
+        return planned, checks
 
     def _batches(self, first: int, last: int) -> Iterator[Any]:
         """Those of the steps from ``first`` to ``last``, epoch after epoch."""
@@ -281,7 +290,7 @@ class _Run:
     def _rate(self, step: int, planned: int) -> float:
         """Learning rate of a step."""
         rising = (step + 1) / max(_WARM_UP * planned, 1)
-        return self.learning_rate * min(rising, 0.5 * (1 + math.cos(math.pi * step / planned)))
+        return self.peak * min(rising, 0.5 * (1 + math.cos(math.pi * step / planned)))
 
     def _score(self, net: nn.Module) -> float:
         """Of one process, for all: their averages of batch norm differ a little."""

@@ -29,7 +29,8 @@ class Recovery:
             default: a scalar tensor.
         augment: whether images are cropped and flipped at random and mixed in pairs; the teacher
             sees the same ones. None: they are where the network is a classifier of images.
-        learning_rate: at its peak.
+        learning_rate: at its peak. None: up to 3e-3, less where little was lost or the time is
+            short.
         sync_batch_norm: whether batch norm takes its statistics over all processes, on GPUs.
 
     Raises:
@@ -40,12 +41,12 @@ class Recovery:
     train: Any = None
     loss: Loss | None = None
     augment: bool | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         parse_time(self.time)
-        if not 0 < self.learning_rate < 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ArgumentError(f"learning_rate={self.learning_rate!r} must be between 0 and 1")
 
     def described(self) -> str:
