@@ -59,7 +59,7 @@ def test_planted_blocks_behind_hidden_permutations_are_found() -> None:
         model[0].weight.copy_(weight)
     x = torch.randn(64, 16, 14, 14)
     # The one layer is both the first and the last.
-    result = groupconv.optimize(model, x, budget="25%macs", keep=())
+    result = groupconv.optimize(model, x, budget="40%macs", keep=())
     assert result.plan.layers["0"].groups == 4
     assert_close(_outputs(result.model, x), _outputs(model, x), rtol=1e-5, atol=1e-5)
 
@@ -129,7 +129,12 @@ def test_folded_shuffle_survives_saving(tmp_path: Path) -> None:
 def test_distillation_trains_the_converted_network_only() -> None:
     model, x = residual(), images(128)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    recover = Recovery("3s", train=images(256, seed=1))
+    # There is always something to learn: outputs that the original does not have.
+    recover = Recovery(
+        "3s",
+        train=images(256, seed=1),
+        loss=lambda student, teacher, labels: (student - teacher - 1).square().mean(),
+    )
     plain = groupconv.optimize(model, x, budget="40%macs", recover="none")
     taught = groupconv.optimize(model, x, budget="40%macs", recover=recover)
     # The calibration images are the same: none of them is needed to judge by.
