@@ -66,8 +66,8 @@ ORDER = {
         "finish", "pipeline",
     ],
     "cli": [
-        "console", "options", "models", "outcome", "profile", "trace", "optimize", "plan", "apply",
-        "demo", "compile", "export", "bench", "explain", "cache", "doctor", "app",
+        "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",
+        "apply", "demo", "compile", "export", "bench", "explain", "cache", "doctor", "app",
     ],
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ def labelled():
 """
 # MACs of one image: 8x3 at 10x10, 8x8 at 8x8 and 6x6, 6x8 at 4x4, nine taps each.
 DENSE = {"0": 21_600, "2": 36_864, "4": 20_736, "6": 6_912}
-FILES = {"model.safetensors", "plan.json", "report.html", "report.json"}
+FILES = {"events.jsonl", "model.safetensors", "plan.json", "report.html", "report.json"}
 SHARED = ("--model", "net.py:build", "--data", "net.py:loader")
 
 Run = Callable[..., tuple[int, str, str]]

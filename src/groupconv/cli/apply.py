@@ -7,9 +7,10 @@ import typer
 
 import groupconv
 from groupconv.cli import options as opt
-from groupconv.cli.console import JsonFlag, show_progress
+from groupconv.cli.console import JsonFlag
 from groupconv.cli.models import load_data, load_recovery, load_trained
 from groupconv.cli.outcome import check_floor, show_result
+from groupconv.cli.watch import Quiet, TensorBoard, watching
 from groupconv.errors import DataError
 
 
@@ -29,25 +30,27 @@ def apply(
     max_images: opt.MaxImages = 1024,
     image_size: opt.ImageSize = 224,
     restart: opt.Restart = False,
+    tensorboard: TensorBoard = False,
+    quiet: Quiet = False,
     json: JsonFlag = False,
 ) -> None:
     """Carry out a plan: the structures that it names, whatever they cost."""
-    show_progress()
-    result = groupconv.apply(
-        load_trained(model, weights),
-        load_data(data),
-        _read(plan),
-        target=target,
-        recover=load_recovery(recover, train),
-        min_accuracy=min_accuracy,
-        baselines=baselines,
-        out=out,
-        restart=restart,
-        test=None if test is None else load_data(test),
-        batch_size=batch_size,
-        max_images=max_images,
-        image_size=image_size,
-    )
+    with watching(out, quiet, tensorboard):
+        result = groupconv.apply(
+            load_trained(model, weights),
+            load_data(data),
+            _read(plan),
+            target=target,
+            recover=load_recovery(recover, train),
+            min_accuracy=min_accuracy,
+            baselines=baselines,
+            out=out,
+            restart=restart,
+            test=None if test is None else load_data(test),
+            batch_size=batch_size,
+            max_images=max_images,
+            image_size=image_size,
+        )
     show_result(result.report, out, json)
     check_floor(result.report, min_accuracy)
 

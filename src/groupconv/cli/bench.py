@@ -7,9 +7,10 @@ import torch
 import typer
 
 import groupconv
-from groupconv.cli.console import JsonFlag, json_text, people, print_json, show_progress
+from groupconv.cli.console import JsonFlag, json_text, people, print_json
 from groupconv.cli.models import load_finished, sizes
 from groupconv.cli.options import ModelArgument, Optimized, Shape, Weights
+from groupconv.cli.watch import watching
 from groupconv.errors import ArgumentError
 from groupconv.files import output_folder, write_text
 from groupconv.report import bench_picture, bench_table
@@ -37,10 +38,10 @@ def bench(
         if threads < 1:
             raise ArgumentError(f"threads={threads} must be 1 or more")
         torch.set_num_threads(threads)
-    show_progress()
     net = load_finished(model, weights, optimized)
     x = torch.randn(sizes(shape), generator=torch.Generator().manual_seed(0))
-    found = groupconv.bench(net, x, targets=target, batch=batch, seconds=seconds).to_dict()
+    with watching(None):
+        found = groupconv.bench(net, x, targets=target, batch=batch, seconds=seconds).to_dict()
     found["network"] = model
     if folder is not None:
         write_text(folder / "bench.json", json_text(found))

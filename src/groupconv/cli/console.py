@@ -1,26 +1,16 @@
 """Where text for people goes: standard error, so that --json has standard output to itself."""
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
 people = Console(stderr=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-
-
-def show_progress() -> None:
-    """Show what the library logs."""
-    handler = RichHandler(console=people, show_level=False, show_path=False, highlighter=None)
-    logger = logging.getLogger("groupconv")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
 
 
 def print_json(values: Mapping[str, Any]) -> None:

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 import groupconv
-from groupconv.cli.console import JsonFlag, show_progress
+from groupconv.cli.console import JsonFlag
 from groupconv.cli.options import Out, Recover, Seed
 from groupconv.cli.outcome import show_result
+from groupconv.cli.watch import Quiet, watching
 from groupconv.data.sample import fashion_mnist, trained_fashion_resnet
 
 # So many images per call that the arithmetic is timed, not the call.
@@ -20,21 +21,22 @@ def demo(
     budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "1.6x",
     recover: Recover = "40s",
     seed: Seed = 0,
+    quiet: Quiet = False,
     json: JsonFlag = False,
 ) -> None:
     """Optimize a bundled network, trained on Fashion-MNIST, on its bundled images."""
-    show_progress()
     calibration, test = fashion_mnist()
-    result = groupconv.optimize(
-        trained_fashion_resnet(),
-        calibration,
-        budget=budget,
-        target="eager",
-        recover=recover,
-        out=out,
-        seed=seed,
-        test=test,
-        batch_size=_BATCH,
-        max_images=len(calibration),
-    )
+    with watching(out, quiet):
+        result = groupconv.optimize(
+            trained_fashion_resnet(),
+            calibration,
+            budget=budget,
+            target="eager",
+            recover=recover,
+            out=out,
+            seed=seed,
+            test=test,
+            batch_size=_BATCH,
+            max_images=len(calibration),
+        )
     show_result(result.report, out, json)

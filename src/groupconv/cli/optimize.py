@@ -6,9 +6,10 @@ import typer
 
 import groupconv
 from groupconv.cli import options as opt
-from groupconv.cli.console import JsonFlag, show_progress
+from groupconv.cli.console import JsonFlag
 from groupconv.cli.models import load_data, load_recovery, load_trained
 from groupconv.cli.outcome import check_budgets, check_floor, show_result, show_sweep
+from groupconv.cli.watch import Quiet, TensorBoard, watching
 from groupconv.errors import ArgumentError
 
 
@@ -38,6 +39,8 @@ def optimize(
     image_size: opt.ImageSize = 224,
     seed: opt.Seed = 0,
     restart: opt.Restart = False,
+    tensorboard: TensorBoard = False,
+    quiet: Quiet = False,
     json: JsonFlag = False,
 ) -> None:
     """Turn a trained CNN into a network of grouped convolutions under a budget, or under each."""
@@ -47,7 +50,6 @@ def optimize(
             f"budgets={budgets!r} asks for a network under each of them and can't go with {other}, "
             "which is about one network"
         )
-    show_progress()
     net = load_trained(model, weights)
     shared: dict[str, Any] = {
         "target": target,
@@ -65,13 +67,15 @@ def optimize(
     }
     if budgets is not None:
         each = [text.strip() for text in budgets.split(",")]
-        results = groupconv.sweep(net, load_data(data), budgets=each, **shared)
+        with watching(out, quiet, tensorboard):
+            results = groupconv.sweep(net, load_data(data), budgets=each, **shared)
         show_sweep([result.report for result in results], out, json)
         return
     bounds = budget or opt.DEFAULT_BUDGET
-    result = groupconv.optimize(
-        net, load_data(data), budget=bounds, min_accuracy=min_accuracy, **shared
-    )
+    with watching(out, quiet, tensorboard):
+        result = groupconv.optimize(
+            net, load_data(data), budget=bounds, min_accuracy=min_accuracy, **shared
+        )
     show_result(result.report, out, json)
     check_floor(result.report, min_accuracy)
     check_budgets(net, result, bounds)

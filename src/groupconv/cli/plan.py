@@ -8,8 +8,9 @@ from torch import nn
 
 import groupconv
 from groupconv.cli import options as opt
-from groupconv.cli.console import JsonFlag, people, print_json, show_progress
+from groupconv.cli.console import JsonFlag, people, print_json
 from groupconv.cli.models import load_data, load_trained
+from groupconv.cli.watch import Quiet, watching
 from groupconv.data import load_images
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.convert import structure_of
@@ -33,26 +34,27 @@ def plan(
     image_size: opt.ImageSize = 224,
     seed: opt.Seed = 0,
     restart: opt.Restart = False,
+    quiet: Quiet = False,
     json: JsonFlag = False,
 ) -> None:
     """Choose a structure for every layer and write plan.json; groupconv apply carries it out."""
-    show_progress()
     net = load_trained(model, weights)
-    made = groupconv.plan(
-        net,
-        load_data(data),
-        budget=budget or opt.DEFAULT_BUDGET,
-        target=target,
-        keep=keep or opt.DEFAULT_KEEP,
-        round_to=round_to,
-        out=out,
-        restart=restart,
-        seed=seed,
-        test=None if test is None else load_data(test),
-        batch_size=batch_size,
-        max_images=max_images,
-        image_size=image_size,
-    )
+    with watching(out, quiet):
+        made = groupconv.plan(
+            net,
+            load_data(data),
+            budget=budget or opt.DEFAULT_BUDGET,
+            target=target,
+            keep=keep or opt.DEFAULT_KEEP,
+            round_to=round_to,
+            out=out,
+            restart=restart,
+            seed=seed,
+            test=None if test is None else load_data(test),
+            batch_size=batch_size,
+            max_images=max_images,
+            image_size=image_size,
+        )
     if json:
         print_json(json_format.loads(made.to_json()))
         return

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from groupconv import events
 from groupconv.kernels.spec import ConvSpec, same_padding
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.structure import Structure
@@ -59,7 +60,7 @@ def layer_times(
     others = torch.ones(min(beside, _MOST_BESIDE) // 4)
     return {
         name: _times(replace(conv.spec, batch=batch), _activation(conv), structures, table, others)
-        for name, (conv, structures) in layers.items()
+        for name, (conv, structures) in events.followed("measure", layers.items(), len(layers))
     }
 
 

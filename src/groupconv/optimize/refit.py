@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from groupconv import events
 from groupconv.optimize.convert import Converted, Edit, Placed
 from groupconv.optimize.covariance import Moments
 from groupconv.optimize.fit import fit_groups
@@ -50,7 +51,8 @@ def refit(
     net, history = converted.model, ""
     losses: dict[str, float] = {}
     targets = Targets(original, [placed.conv for placed in converted.convs], sampling)
-    for placed in converted.convs:
+    convs = events.followed("refit", converted.convs, len(converted.convs))
+    for placed in convs:
         name, edit = placed.conv.name, converted.edits.get(placed.conv.name)
         if edit is None and not (losses and _refittable(net, placed)):
             continue

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from groupconv import events
 from groupconv.optimize.covariance import Moments, SeparableMoments
 from groupconv.optimize.menu import Candidate, freedom, menu
 from groupconv.optimize.moments import EXACT, Sampling, layer_moments
@@ -132,7 +133,7 @@ def menus_and_sensitivities(
         count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
         images = images[: min(max(count, least), most)]
         trials = Trials(searches.model, images, searches.importance)
-    for name, search in searches.each(missing):
+    for name, search in events.followed("survey", searches.each(missing), len(missing)):
         candidates = menu(missing[name], search, free[name], round_to=round_to)
         kinds = {
             "sensitivity": [c for c in candidates if not isinstance(c.structure, Pair)],
