@@ -120,7 +120,8 @@ def test_a_sweep_writes_a_folder_for_each_budget(run: Run, tmp_path: Path) -> No
     assert [each["settings"]["budget"] for each in runs] == ["90%macs", "70%macs"]
     for each, share in zip(runs, (0.9, 0.7), strict=True):
         assert each["macs"]["after"] <= share * sum(DENSE.values())
-    assert names(tmp_path / "o") == {"90%macs", "70%macs", "frontier.html", "frontier.json"}
+    files = {"events.jsonl", "frontier.html", "frontier.json"}
+    assert names(tmp_path / "o") == files | {"90%macs", "70%macs"}
     assert names(tmp_path / "o" / "70%macs") == FILES
     assert json.loads(Path("o/frontier.json").read_text()) == runs
     page = Path("o/frontier.html").read_text()
