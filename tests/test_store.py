@@ -110,6 +110,31 @@ getattr(Store(Path({str(tmp_path)!r}), "run"), {kind!r})("result", value)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["write", "write_tensors"])
+def test_a_full_disk_is_one_error_and_loses_nothing(kind: str, tmp_path: Path) -> None:
+    """As far as a limit on the size of files stands for it: a write ends half-way."""
+    store = Store(tmp_path, "run")
+    store.write("result", [1])
+    store.write_tensors("result", {"x": torch.ones(1)})
+    before = {path: path.read_bytes() for path in files(tmp_path)}
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from groupconv.errors import DataError
+from groupconv.store import Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+value = {{"x": torch.ones(100_000)}} if {kind!r} == "write_tensors" else list(range(100_000))
+try:
+    getattr(Store(Path({str(tmp_path)!r}), "run"), {kind!r})("result", value)
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "can't be written: " in done.stdout
+    assert {path: path.read_bytes() for path in files(tmp_path)} == before
+
+
 @pytest.mark.parametrize("damage", ["half", "empty", "zeros", "noise"])
 def test_a_damaged_file_is_computed_again(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
