@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing", "busy", "events", "store"},
+    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store"},
     {"kernels"},
     {"nn"},
     {"compiler"},

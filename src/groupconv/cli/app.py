@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from groupconv import ranks
 from groupconv.cli import (
     apply,
     bench,
@@ -48,7 +49,11 @@ app.command()(doctor.doctor)
 def main() -> None:
     """Run the command line."""
     try:
+        ranks.join()
+        people.quiet = not ranks.first()
         app()
     except GroupConvError as error:
         people.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
+    finally:
+        ranks.leave()

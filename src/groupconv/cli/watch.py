@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from groupconv import events
+from groupconv import events, ranks
 from groupconv.cli.console import people
 from groupconv.errors import ArgumentError
 from groupconv.files import output_folder
@@ -52,6 +52,10 @@ def watching(out: Path | None, quiet: bool = False, tensorboard: bool = False) -
         RichHandler(console=people, show_level=False, show_path=False, highlighter=None)
     ]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    if not ranks.first():
+        logger.setLevel(logging.ERROR)
+        yield
+        return
     with ExitStack() as stack:
         if not quiet and people.is_terminal:
             bars = _Bars()

@@ -203,7 +203,8 @@ class LayerSums:
 
     def __init__(self, inputs: int, outputs: int) -> None:
         self.kept, self.held_out = MomentSums(inputs, outputs), MomentSums(inputs, outputs)
-        self.of_images: list[Tensor] = []
+        # A process may have none of the images.
+        self.of_images = [torch.zeros(0, 2 + outputs, dtype=torch.float64)]
 
     def add(self, u: Tensor, y: Tensor, image: Tensor) -> None:
         """Add positions: ``u`` of shape ``(P, D)``, ``y`` of shape ``(P, C_out)``.

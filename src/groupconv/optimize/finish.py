@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from groupconv import ranks
 from groupconv.data import Images
 from groupconv.optimize.beside import beside
 from groupconv.optimize.choose import Decision
@@ -141,7 +142,7 @@ class Finish:
         if self.baselines and plan.layers:
             with job.step("baselines"):
                 report["baselines"] = beside(job, plan.layers, carried.refitted, self.held_out)
-        if folder is not None:
+        if folder is not None and ranks.first():
             save_weights(folder, converted.model, converted.edits, job.folded, job.baked)
             write_report(folder, plan, report)
         return Result(converted.model, plan, report)
@@ -152,7 +153,7 @@ class Finish:
         converted = convert(job.model, job.mapped, plan.layers)
         with job.step("refit"):
             losses = refit(job.model, converted, job.sampling, job.store("refit"), job.importance)
-        fitted = compare(job.model, converted.model, self.held_out)
+        fitted = ranks.on_first(lambda: compare(job.model, converted.model, self.held_out))
         log.info("refitted: %s", _in_words(fitted))
         if self.recover.seconds is None or not converted.placed:
             return Carried(converted, losses, converted.model, fitted, fitted, [])
@@ -173,7 +174,7 @@ class Finish:
                 store=job.store("recover", plan.to_json(), self.recover.described()),
             )
             stages = school.teach(net)
-        quality = compare(job.model, net, self.held_out)
+        quality = ranks.on_first(lambda: compare(job.model, net, self.held_out))
         log.info("recovered: %s", _in_words(quality))
         return Carried(converted, losses, refitted, fitted, quality, stages)
 
@@ -204,7 +205,7 @@ class Finish:
             )
             for conv in convs
         }
-        times = layer_times(timed, job.table, job.batch_size, job.weights)
+        times = ranks.on_first(lambda: layer_times(timed, job.table, job.batch_size, job.weights))
         return [
             LayerRow(
                 conv.name,

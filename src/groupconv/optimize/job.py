@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from groupconv import ranks
 from groupconv.busy import require_quiet
 from groupconv.data import Images
 from groupconv.optimize.bake import bake
@@ -81,7 +82,7 @@ class Job:
         if self.table.reused:
             log.info("reusing %d measured times of %s", len(self.table.reused), self.table.path)
         self.steps: dict[str, float] = {}
-        require_quiet()
+        ranks.on_first(require_quiet)
         with self.step("trace"):
             run(model, self.example(1))
             model, self.baked = bake(model)
@@ -130,11 +131,15 @@ class Job:
             before: lambda: self.target.build(self.model, example),
             after: lambda: self.target.build(net, example),
         }
+        # Asked for by the first process alone, which chooses.
         times = self.table.measure(builds, seconds=1.5, turn=TURN)
         return times[before], times[after]
 
     def latency(self, net: nn.Module) -> tuple[Timing, Timing]:
-        """The original and another network in one interleaved run."""
+        """The original and another network in one interleaved run of the first process."""
+        return ranks.on_first(lambda: self._latency(net))
+
+    def _latency(self, net: nn.Module) -> tuple[Timing, Timing]:
         example = (self.example(self.batch_size),)
         calls = {
             "before": self.target.build(self.model, example),

@@ -1,13 +1,14 @@
 """Second moments of layers, streamed: never more in memory than the sums and one batch."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groupconv import ranks
 from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.covariance import (
@@ -40,6 +41,14 @@ class Sampling:
     images: int
     max_positions: int
     seed: int
+
+    def share(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The batches of this process: number, images before it, and the batch itself."""
+        before = 0
+        for number, batch in enumerate(self.batches()):
+            if number % ranks.count() == ranks.rank():
+                yield number, before, batch
+            before += len(batch)
 
     def places(self, number: int, shape: Sequence[int]) -> tuple[Tensor, ...]:
         """Positions of a batch, the same whenever they are asked for.
@@ -173,10 +182,13 @@ class Targets:
         self, original: nn.Module, convs: Sequence[TracedConv], sampling: Sampling
     ) -> None:
         self.original, self.convs, self.sampling = original, list(convs), sampling
-        self._known: dict[str, list[Tensor]] = {}
+        self._known: dict[str, dict[int, Tensor]] = {}
 
-    def of(self, name: str) -> list[Tensor]:
-        """``(P, C_out)`` of each batch; those of layers asked for before are forgotten."""
+    def of(self, name: str) -> dict[int, Tensor]:
+        """``(P, C_out)`` of each batch of this process, by its number.
+
+        Those of layers asked for before are forgotten.
+        """
         if name not in self._known:
             self._known.clear()
             self._read([conv.name for conv in self.convs].index(name))
@@ -191,12 +203,12 @@ class Targets:
             if names and size > _TARGETS_BYTES:
                 break
             names.append(conv.name)
-        self._known = {name: [] for name in names}
-        for number, batch in enumerate(self.sampling.batches()):
+        self._known = {name: {} for name in names}
+        for number, _, batch in self.sampling.share():
 
             def keep(name: str, _: Tensor, y: Tensor, number: int = number) -> None:
                 place = self.sampling.places(number, y.shape)
-                self._known[name].append(_outputs_at(y, place))
+                self._known[name][number] = _outputs_at(y, place)
 
             visit(self.original, names, batch, keep)
 
@@ -209,8 +221,8 @@ def layer_moments(
 ) -> list[Moments | SeparableMoments]:
     """Moments of several layers: inputs as a network has them, outputs as the original does.
 
-    Where ``torch.distributed`` is initialised the sums are over all processes, each of which
-    brings its own images.
+    Where ``torch.distributed`` is initialised each process takes a share of the batches, and the
+    sums are over all of them.
 
     Args:
         model: in evaluation mode.
@@ -289,8 +301,7 @@ def _sample(
     """
     wanted = [None if targets is None else targets.of(conv.name) for conv, _ in layers]
     index = {name: i for i, (_, name) in enumerate(layers)}
-    before = 0
-    for number, batch in enumerate(sampling.batches()):
+    for number, before, batch in sampling.share():
 
         def take(
             name: str, x: Tensor, y: Tensor, number: int = number, before: int = before
@@ -303,4 +314,3 @@ def _sample(
             add(i, u, outputs, place[0] + before)
 
         visit(model, list(index), batch, take)
-        before += len(batch)

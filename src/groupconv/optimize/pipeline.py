@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from groupconv import ranks
 from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
 from groupconv.files import output_folder, write_text
@@ -22,7 +23,7 @@ from groupconv.optimize.finish import Finish, Result
 from groupconv.optimize.job import Job
 from groupconv.optimize.plan import PLAN, Plan
 from groupconv.optimize.planning import FIRST, LAST, Planner
-from groupconv.optimize.settle import complete
+from groupconv.optimize.settle import complete, searched
 from groupconv.recovery import Recovery
 from groupconv.store import claimed, fingerprint
 from groupconv.targets import get_target
@@ -105,7 +106,7 @@ def optimize(
     with _started(model, source, options, out, asked, restart) as (job, finish):
         plan, decisions = Planner(job, keep, round_to).plan(limits)
         result = finish(plan, decisions, job.folder)
-        job.store().clear()
+        _end(job)
     return result
 
 
@@ -142,9 +143,9 @@ def plan(
     asked = {"budget": _texts(budget), "keep": list(keep), "round_to": round_to}
     with _started(model, source, options, out, asked, restart) as (job, _):
         made, _ = Planner(job, keep, round_to).plan(limits)
-        if job.folder is not None:
+        if job.folder is not None and ranks.first():
             write_text(job.folder / PLAN, made.to_json())
-        job.store().clear()
+        _end(job)
     return made
 
 
@@ -181,9 +182,11 @@ def apply(
     source = _Source(data, test, max_images, image_size, plan.seed)
     with _started(model, source, options, out, {"plan": plan.to_json()}, restart) as (job, finish):
         check(job.mapped, plan.layers)
-        layers = complete(job.mapped, plan.layers, job.searches)
+        # All processes take part in their moments.
+        job.searches(name for name, settled in plan.layers.items() if searched(settled))
+        layers = ranks.on_first(lambda: complete(job.mapped, plan.layers, job.searches))
         result = finish(replace(plan, layers=layers), {}, job.folder)
-        job.store().clear()
+        _end(job)
     return result
 
 
@@ -236,9 +239,9 @@ def sweep(
         for text, each in zip(budgets, limits, strict=True):
             folder = None if job.folder is None else output_folder(job.folder / text)
             results.append(finish(*planner.plan(each), folder))
-        if job.folder is not None:
+        if job.folder is not None and ranks.first():
             _write_frontier(job.folder, results)
-        job.store().clear()
+        _end(job)
     return results
 
 
@@ -258,6 +261,8 @@ class _Options:
             raise ArgumentError(f"batch_size={self.batch_size!r} must be a positive integer")
         if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
             raise ArgumentError(f"min_accuracy={self.min_accuracy!r} must be between 0 and 1")
+        if self.baselines and ranks.count() > 1:
+            raise ArgumentError("baselines=True must be measured by one process alone")
 
 
 @dataclass(frozen=True)
@@ -328,7 +333,7 @@ def _started(
                 "groupconv": __version__,
                 "torch": torch.__version__,
             }
-            stack.enter_context(claimed(folder, inputs, restart=restart))
+            ranks.on_first(lambda: stack.enter_context(claimed(folder, inputs, restart=restart)))
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(source.seed)
@@ -342,6 +347,13 @@ def _started(
         )
         finish = Finish(job, held_out, recovery, judged, options.min_accuracy, options.baselines)
         yield job, finish
+
+
+def _end(job: Job) -> None:
+    """Forget what was kept for going on, when all processes have done their part."""
+    ranks.gathered(None)
+    if ranks.first():
+        job.store().clear()
 
 
 def _described(images: Images) -> str:

@@ -5,13 +5,14 @@ import logging
 import math
 from collections.abc import Sequence
 
+from groupconv import ranks
 from groupconv.errors import ArgumentError
 from groupconv.optimize.budget import Budget
 from groupconv.optimize.choose import Decision, choose
 from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
 from groupconv.optimize.plan import Plan
-from groupconv.optimize.settle import settle
+from groupconv.optimize.settle import searched, settle
 from groupconv.optimize.structure import DENSE
 from groupconv.optimize.survey import Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, TracedConv
@@ -56,7 +57,9 @@ class Planner:
                 )
                 for conv in convs
             }
-            times = layer_times(layers, job.table, job.batch_size, job.weights)
+            times = ranks.on_first(
+                lambda: layer_times(layers, job.table, job.batch_size, job.weights)
+            )
         self.survey = Survey(*surveyed, times)
 
     def plan(self, budgets: Sequence[Budget]) -> tuple[Plan, dict[str, Decision]]:
@@ -67,8 +70,10 @@ class Planner:
         """
         job = self.job
         with job.step("select"):
-            choice = choose(
-                job.model, job.mapped, self.survey, budgets, job.known_latency, macs=job.macs
+            choice = ranks.on_first(
+                lambda: choose(
+                    job.model, job.mapped, self.survey, budgets, job.known_latency, macs=job.macs
+                )
             )
         with job.step("settle"):
             decisions = choice.decisions
@@ -78,7 +83,9 @@ class Planner:
                 for name, candidate in chosen.items()
                 if candidate.structure != DENSE
             }
-            layers = settle(job.mapped, chosen, slopes, job.searches)
+            # All processes take part in their moments.
+            job.searches(name for name, c in chosen.items() if searched(c.structure))
+            layers = ranks.on_first(lambda: settle(job.mapped, chosen, slopes, job.searches))
         reasons = {name: decision.why for name, decision in decisions.items()}
         text = ", ".join(budget.text for budget in budgets)
         plan = Plan(layers, reasons, text, job.target.name, job.seed, choice.latency)

@@ -9,11 +9,12 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from groupconv import events
+from groupconv import events, ranks
 from groupconv.optimize.convert import Converted, Edit, Placed
 from groupconv.optimize.covariance import Moments
 from groupconv.optimize.fit import fit_groups
@@ -59,18 +60,23 @@ def refit(
         # A layer's weights depend on all that was done before it.
         step = f"{history} {name} {edit} {placed.channels_in} {placed.channels_out}"
         history = hashlib.sha256(step.encode()).hexdigest()
-        known = store.read_tensors(f"refit {history}")
+        known = ranks.on_first(partial(store.read_tensors, f"refit {history}"))
         if known is None:
             if edit is not None and isinstance(edit.structure, Pair):
                 known = _fit_pair(original, net, placed, edit.structure, targets, importance)
             else:
                 known = _fit_groups(net, placed, targets)
-            store.write_tensors(f"refit {history}", known)
+            known = ranks.on_first(partial(_kept, store, f"refit {history}", known))
         _put(net, placed, edit, known)
         if edit is not None:
             losses[name] = float(known["loss"])
         log.info("%s: %.4f of its variance lost", name, float(known["loss"]))
     return losses
+
+
+def _kept(store: Store, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    store.write_tensors(name, found)
+    return found
 
 
 def _refittable(net: nn.Module, placed: Placed) -> bool:

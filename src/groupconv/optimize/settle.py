@@ -87,10 +87,13 @@ def _grouped(trace: Trace, chosen: Mapping[str, Candidate]) -> list[TracedConv]:
     return [
         conv
         for conv in by_priority(trace.convs)
-        if conv.name in chosen
-        and isinstance(structure := chosen[conv.name].structure, Grouped)
-        and structure != DENSE
+        if conv.name in chosen and searched(chosen[conv.name].structure)
     ]
+
+
+def searched(settled: Settled) -> bool:
+    """Whether the channels of its groups are yet to be found."""
+    return isinstance(settled, Grouped) and settled != DENSE
 
 
 def _place(orders: Orders, conv: TracedConv, choice: Candidate, search: Search) -> GroupedLayer:
@@ -145,7 +148,7 @@ def complete(
     for name, settled in first.items():
         if isinstance(settled, Partition):
             orders.place(convs[name], settled)
-    missing = {n: x for n, x in layers.items() if isinstance(x, Grouped) and x != DENSE}
+    missing = {n: x for n, x in layers.items() if isinstance(x, Grouped) and searched(x)}
     found = searches(missing)
     return first | {
         name: _place(orders, convs[name], Candidate(grouped, 0.0), found[name]).partition

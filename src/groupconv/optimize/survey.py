@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from groupconv import events
+from groupconv import events, ranks
 from groupconv.optimize.covariance import Moments, SeparableMoments
 from groupconv.optimize.menu import Candidate, freedom, menu
 from groupconv.optimize.moments import EXACT, Sampling, layer_moments
@@ -79,26 +79,37 @@ class Searches:
         """The searches of some layers by their names."""
         return dict(self.each(names))
 
-    def each(self, names: Iterable[str]) -> Iterator[tuple[str, Search]]:
-        """The searches of some layers, one after the other."""
+    def each(self, names: Iterable[str], *, spread: bool = False) -> Iterator[tuple[str, Search]]:
+        """The searches of some layers, one after the other.
+
+        Args:
+            names: of the layers, the same in all processes.
+            spread: whether each process gets only a share of them.
+        """
         missing = []
         for name in names:
             if name in self._known:
                 yield name, self._known[name]
             else:
                 missing.append(self.convs[name])
+        number = 0
         for some in _passes(missing):
             layers = [(conv, conv.name) for conv in some]
             found = layer_moments(self.model, layers, self.sampling)
             for conv in some:
                 # Popped, so that a layer's moments are free as soon as its regression is made.
                 moments = found.pop(0)
+                number += 1
+                if spread and number % ranks.count() != ranks.rank():
+                    continue
                 _tell(conv, moments)
                 weight = self.model.get_submodule(conv.name).weight
                 assert isinstance(weight, Tensor)
                 problem = Regression.of(moments, weight, self.importance.get(conv.name))
                 search = Search(problem, self.sampling.seed)
-                self._known[conv.name] = search
+                # What one process knows and others don't they could not ask for together.
+                if not spread or ranks.count() == 1:
+                    self._known[conv.name] = search
                 yield conv.name, search
 
 
@@ -114,7 +125,7 @@ def menus_and_sensitivities(
 ) -> tuple[dict[str, list[Candidate]], dict[str, Sensitivity], dict[str, Sensitivity]]:
     """The menu of every layer, and what its loss costs the network, cut into groups and as a pair.
 
-    Kept layer by layer.
+    Kept layer by layer. Several processes share the layers.
 
     Args:
         mapped: trace of the network.
@@ -126,25 +137,31 @@ def menus_and_sensitivities(
         round_to: see :func:`menu`.
     """
     free = freedom(mapped, convs)
-    known = {conv.name: store.read(f"menu of {conv.name}") for conv in convs}
+    known = ranks.on_first(
+        lambda: {conv.name: store.read(f"menu of {conv.name}") for conv in convs}
+    )
     missing = {conv.name: conv for conv in convs if known[conv.name] is None}
     if missing:
         least, most = _TRIAL_IMAGES
         count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
         images = images[: min(max(count, least), most)]
         trials = Trials(searches.model, images, searches.importance)
-    for name, search in events.followed("survey", searches.each(missing), len(missing)):
+    mine: dict[str, Any] = {}
+    share = searches.each(missing, spread=True)
+    for name, search in events.followed("survey", share, len(missing) // ranks.count()):
         candidates = menu(missing[name], search, free[name], round_to=round_to)
         kinds = {
             "sensitivity": [c for c in candidates if not isinstance(c.structure, Pair)],
             "pair_sensitivity": [c for c in candidates if isinstance(c.structure, Pair)],
         }
-        known[name] = {"candidates": [_to_dict(candidate) for candidate in candidates]} | {
+        mine[name] = {"candidates": [_to_dict(candidate) for candidate in candidates]} | {
             kind: asdict(trials.sensitivity(name, search.problem, some))
             for kind, some in kinds.items()
         }
-        store.write(f"menu of {name}", known[name])
+        store.write(f"menu of {name}", mine[name])
         log.info("%s: %d candidates", name, len(candidates))
+    for theirs in ranks.gathered(mine):
+        known |= theirs
     return (
         {name: [_from_dict(c) for c in kept["candidates"]] for name, kept in known.items()},
         {name: Sensitivity(**kept["sensitivity"]) for name, kept in known.items()},

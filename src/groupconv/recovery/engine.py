@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from groupconv import events
+from groupconv import events, ranks
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ class _Run:
 
     def _planned(self, seconds: float) -> tuple[int, int]:
         """How many steps and scores there is time for, by a trial or as known from before."""
-        known = self.store.read(f"{self.name} steps")
+        known = ranks.on_first(lambda: self.store.read(f"{self.name} steps"))
         if known is not None:
             return known[0], known[1]
         kept = _weights(self.student)
@@ -238,7 +237,8 @@ class _Run:
             average.update_parameters(self.student)
             samples.append(time.perf_counter() - began)
             began += samples[-1]
-            if len(samples) > 2 and began - start > _TIMED_SHARE * seconds:
+            late = began - start > _TIMED_SHARE * seconds
+            if len(samples) > 2 and self._agreed(late):
                 break
         # The first allocates.
         each = statistics.median(samples[1:] or samples)
@@ -250,7 +250,7 @@ class _Run:
         self.student.load_state_dict(kept)
         self.optimizer.state.clear()
         planned, checks = self._agreed((max(int(left / each), 1), checks))
-        self.store.write(f"{self.name} steps", [planned, checks])
+        ranks.on_first(lambda: self.store.write(f"{self.name} steps", [planned, checks]))
         return planned, checks
 
     def _batches(self, first: int, last: int) -> Iterator[Any]:
@@ -300,7 +300,7 @@ class _Run:
 
     def _agreed(self, value: Any) -> Any:
         """What the first process found."""
-        return broadcast_object_list([value])[0]
+        return ranks.on_first(lambda: value)
 
     def _mean(self, loss: Tensor) -> float:
         return float(self.spread.reduce(loss.detach().float(), reduction="mean"))
@@ -319,7 +319,7 @@ class _Run:
 
     def _resumed(self, average: AveragedModel, best: dict[str, Tensor]) -> _State | None:
         """The state in which an interrupted run was last saved, everything set to it."""
-        tensors = self._agreed(self.store.read_tensors(self.name))
+        tensors = ranks.on_first(lambda: self.store.read_tensors(self.name))
         if tensors is None:
             return None
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from groupconv import ranks
 from groupconv.data import Images
 from groupconv.errors import ArgumentError
 from groupconv.recovery.augment import augment
@@ -106,7 +107,9 @@ class School:
             sample = held_out.images[:2].to(next(teacher.parameters()).device)
             output = teacher(sample)
         classes = int(output.shape[1]) if is_classes(output) else 0
-        labelled = options.loss is not None or bool(classes and _knows(teacher, loader, classes))
+        labelled = options.loss is not None or bool(
+            classes and ranks.on_first(lambda: _knows(teacher, loader, classes))
+        )
         return cls(teacher, features, loader, held_out, options, classes, labelled, seed, store)
 
     def teach(self, student: nn.Module) -> list[dict[str, Any]]:
@@ -162,7 +165,7 @@ class School:
             torch.manual_seed(self.seed)
             batches = islice(self.loader, _STATISTICS)
             reestimate_batch_norm(student, (parts(batch)[0].to(device) for batch in batches))
-        after = self.score(student)
+        before, after = ranks.on_first(lambda: (before, self.score(student)))
         if not after < before:
             log.info("batch norm: its re-estimate is not kept, the loss went from %.4f to %.4f",
                      before, after)  # fmt: skip
