@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """The same structures, channels and weights; and what is learned is learned by both."""
     (tmp_path / "net.py").write_text(NETWORK)
     one = optimize(tmp_path, "--out", "one", processes=1)
+    # What is measured differs from run to run: the same times are taken for both.
+    (tmp_path / "two").mkdir()
+    shutil.copy(tmp_path / "one" / "latency.json", tmp_path / "two")
     two = optimize(tmp_path, "--out", "two", processes=2)
     plans = [json.loads((tmp_path / out / "plan.json").read_text()) for out in ("one", "two")]
     assert plans[0]["layers"] == plans[1]["layers"]
@@ -131,3 +136,35 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     learned = optimize(tmp_path, "--recover", "4s", "--out", "three", processes=2)
     assert learned["recovery"][-1]["steps"] > 0
     assert not list(tmp_path.rglob(".unfinished"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SLURM is for Linux")
+def test_slurm(tmp_path: Path) -> None:
+    """The script of the examples, on one node; what belongs to SLURM is stood in for."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, what in (
+        ("srun", 'exec "$@"'),
+        ("scontrol", 'test "$3" = "node[1-2]"; echo localhost'),
+    ):
+        (bin_folder / name).write_text(f"#!/bin/sh\nset -e\n{what}\n")
+        (bin_folder / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = {
+        "PATH": f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "2", "PROCESSES_PER_NODE": "2", "RENDEZVOUS_PORT": str(port),
+    }  # fmt: skip
+    script = Path(__file__).parents[1] / "examples" / "slurm_optimize.sh"
+    done = subprocess.run(
+        ["bash", str(script), "--model", "net.py:build", "--data", "net.py:photos",
+         "--budget", "60%macs", "--out", "out", "--json"],
+        cwd=tmp_path, env=os.environ | ALONE | job, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # One object: the second process says nothing.
+    assert json.loads(done.stdout)["machine"]["threads"] == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
