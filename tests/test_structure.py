@@ -63,7 +63,7 @@ ORDER = {
         "fit", "structure", "pair", "menu", "align", "budget", "select", "latency", "bake", "fold",
         "convert", "evaluate", "importance", "sensitivity", "settle", "survey", "refit",
         "plan", "prune", "baselines", "job", "choose", "planning", "beside", "summary",
-        "finish", "pipeline",
+        "finish", "start", "pipeline", "study", "sweep",
     ],
     "cli": [
         "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",

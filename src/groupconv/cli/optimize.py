@@ -26,6 +26,14 @@ def optimize(
             "its own, and frontier.html to compare them. Instead of --budget."
         ),
     ] = None,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join",
+            help="Share the budgets with other processes started with the same arguments, on this "
+            "machine or on others that see the output folder.",
+        ),
+    ] = False,
     target: opt.Target = "eager",
     recover: opt.Recover = "none",
     train: opt.Train = None,
@@ -44,6 +52,8 @@ def optimize(
     json: JsonFlag = False,
 ) -> None:
     """Turn a trained CNN into a network of grouped convolutions under a budget, or under each."""
+    if join and budgets is None:
+        raise ArgumentError("join=True shares several budgets: give --budgets")
     if budgets is not None and (budget or min_accuracy is not None):
         other = "--budget" if budget else "--min-accuracy"
         raise ArgumentError(
@@ -68,7 +78,7 @@ def optimize(
     if budgets is not None:
         each = [text.strip() for text in budgets.split(",")]
         with watching(out, quiet, tensorboard):
-            results = groupconv.sweep(net, load_data(data), budgets=each, **shared)
+            results = groupconv.sweep(net, load_data(data), budgets=each, join=join, **shared)
         show_sweep([result.report for result in results], out, json)
         return
     bounds = budget or opt.DEFAULT_BUDGET
