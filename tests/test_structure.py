@@ -48,6 +48,7 @@ ORDER = {
         "functions", "map", "norm", "softmax", "shuffle", "gather", "pad", "relayout", "upsample",
         "transform", "to_tiles", "from_tiles",
     ],
+    "models": ["fashion_resnet", "shufflenet_v1", "yolov3", "yolov3_weights"],
     "data": ["images", "sample"],
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
