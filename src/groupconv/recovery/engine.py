@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from groupconv import events, ranks
+from groupconv.errors import ArgumentError
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -112,16 +113,33 @@ def learn(
         sync_batch_norm: whether batch norm takes its statistics over all processes.
         seed: of all that is random.
         store: keeps how far it has come.
+
+    Raises:
+        ArgumentError: ``sync_batch_norm`` with several processes without GPUs.
     """
     spread = accelerator(seed)
+    together = sync_batch_norm and spread.num_processes > 1
+    if together and spread.device.type == "cpu":
+        raise ArgumentError("sync_batch_norm=True: PyTorch has it on GPUs only")
     home = next(student.parameters()).device
     trained = {parameter: parameter.requires_grad for parameter in student.parameters()}
     student.to(spread.device).requires_grad_(True)
     lesson.teacher.to(spread.device)
-    run = _Run(name, student, lesson, spread, learning_rate, sync_batch_norm, seed, store)
+    norms = {
+        module_name: module
+        for module_name, module in student.named_modules()
+        if together and isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    if together:
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    run = _Run(name, student, lesson, spread, learning_rate, seed, store)
     try:
         learned = run.go(seconds)
     finally:
+        for module_name, module in norms.items():
+            synchronized = student.get_submodule(module_name)
+            module.load_state_dict(synchronized.state_dict())
+            student.set_submodule(module_name, module)
         student.zero_grad(set_to_none=True)
         student.eval().to(home)
         for parameter, requires_grad in trained.items():
@@ -159,21 +177,17 @@ class _Run:
         lesson: Lesson,
         spread: Accelerator,
         learning_rate: float | None,
-        sync_batch_norm: bool,
         seed: int,
         store: Store,
     ) -> None:
         self.name, self.student, self.lesson, self.spread = name, student, lesson, spread
         self.peak = _LEAST_RATE if learning_rate is None else learning_rate
         self.chosen, self.seed, self.store = learning_rate is not None, seed, store
-        wrapped = student
-        if sync_batch_norm and spread.num_processes > 1:
-            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.optimizer = torch.optim.AdamW(
             student.parameters(), lr=self.peak, weight_decay=_WEIGHT_DECAY
         )
         self.wrapped, self.prepared, self.loader = spread.prepare(
-            wrapped, self.optimizer, lesson.loader
+            student, self.optimizer, lesson.loader
         )
         self.saved = time.perf_counter()
 
