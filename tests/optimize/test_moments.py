@@ -239,7 +239,7 @@ def test_targets_are_read_for_several_layers_at_once(
     targets = Targets(model, convs, some)
     for i, conv in enumerate(convs):
         for number, (batch, y) in enumerate(
-            zip(x.split([4, 2]), targets.of(conv.name), strict=True)
+            zip(x.split([4, 2]), targets.of(conv.name).values(), strict=True)
         ):
             whole = model[: i + 1](batch).detach()
             image, *place = some.places(number, whole.shape)
