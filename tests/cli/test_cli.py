@@ -44,7 +44,8 @@ def test_optimize_prints_one_json_object_and_writes_the_folder(work: Path) -> No
         assert report[key].keys() == {"before", "after"}
     written = {p.name for p in (work / "out").iterdir()}
     assert written == {
-        "events.jsonl", "latency.json", "model.safetensors", "plan.json", "report.html", "report.json",
+        "events.jsonl", "latency.json", "model.safetensors", "plan.json", "report.html",
+        "report.json",
     }  # fmt: skip
     again = run("optimize", "--model", "net.py:build", "--data", "net.py:loader",
                 "--budget", "60%macs", "--keep", "0", "--out", "out", cwd=work)  # fmt: skip
