@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groupconv.errors import ArgumentError, DataError
+from groupconv.store import fingerprint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,6 +42,11 @@ class Images:
             Images(self.images[:count], labels[0], self.source),
             Images(self.images[count:], labels[1], self.source),
         )
+
+    def fingerprint(self) -> str:
+        """A text that differs where any image or label does."""
+        labels = [] if self.labels is None else [("labels", self.labels)]
+        return fingerprint([("images", self.images), *labels])
 
     def shuffled(self, seed: int) -> "Images":
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))

@@ -40,8 +40,8 @@ def optimize(
 ) -> Result:
     """Turn a trained CNN into a network of grouped convolutions under a budget.
 
-    The model itself is left as it was. Interrupted and
-    called again with the same arguments and ``out``, it goes on where it stopped.
+    The model itself is left as it was. Interrupted and called again with the same arguments and
+    ``out``, it goes on where it stopped.
 
     Args:
         model: a network of one image batch; evaluated in evaluation mode.

@@ -142,9 +142,7 @@ def end(job: Job) -> None:
 
 
 def _described(images: Images) -> str:
-    tensors = [("images", images.images)]
-    tensors += [] if images.labels is None else [("labels", images.labels)]
-    return f"{len(images)} images, {fingerprint(tensors)}"
+    return f"{len(images)} images, {images.fingerprint()}"
 
 
 def texts(budget: str | Sequence[str]) -> list[str]:

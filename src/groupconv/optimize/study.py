@@ -80,15 +80,13 @@ class Study:
         """
         while (taken := self._take()) is not None:
             trial, budget, lock = taken
-            with lock:
-                try:
-                    value = run(budget)
-                except BudgetError as error:
-                    trial.set_user_attr(_WHY, str(error))
-                    self.study.tell(trial, state=self._states.FAIL)
-                else:
-                    self.study.tell(trial, value)
-            lock.release()
+            try:
+                self.study.tell(trial, run(budget))
+            except BudgetError as error:
+                trial.set_user_attr(_WHY, str(error))
+                self.study.tell(trial, state=self._states.FAIL)
+            finally:
+                lock.release()
         failed = [t.user_attrs[_WHY] for t in self._trials(self._states.FAIL) if t.user_attrs]
         if failed:
             raise BudgetError("; ".join(failed))

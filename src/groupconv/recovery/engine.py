@@ -192,9 +192,6 @@ class _Run:
         self.saved = time.perf_counter()
 
     def go(self, seconds: float) -> Learned:
-        if seconds <= 0:
-            score = self._score(self.student)
-            return Learned(0, 0, 0, score, score, None)
         planned, checks = self._planned(seconds)
         decay = 1 - 1 / max(_MEMORY * planned, 2)
         average = AveragedModel(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from groupconv.data import Images
 from groupconv.errors import ArgumentError
-from groupconv.store import fingerprint
 
 # Takes the outputs of the student and of the teacher, and labels or None; gives a scalar.
 Loss = Callable[[Any, Any, Tensor | None], Tensor]
@@ -53,9 +52,7 @@ class Recovery:
         """All that the result depends on, as text; a loader's images can't be told from others."""
         train = self.train
         if isinstance(train, Images):
-            tensors = [("images", train.images)]
-            tensors += [] if train.labels is None else [("labels", train.labels)]
-            train = fingerprint(tensors)
+            train = train.fingerprint()
         elif train is not None:
             train = f"{type(train).__qualname__} of {len(train)} batches"
         loss = getattr(self.loss, "__qualname__", None)
