@@ -95,6 +95,28 @@ except GroupConvError as error:
     assert found[1 - dies][1] == "True\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists its threads under /proc")
+def test_nothing_of_a_group_is_left(tmp_path: Path) -> None:
+    """A thread of the group that outlives Python's end ends the process with SIGABRT."""
+    (tmp_path / "job.py").write_text("""
+from pathlib import Path
+from groupconv import ranks
+def threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+before = threads()
+ranks.join()
+during = threads() - before
+import torch._dynamo  # what torch.export does
+ranks.leave()
+print(f"{len(during) > 0} {threads() & during}\\n", end="")
+""")
+    done = subprocess.run(
+        [*torchrun(2), "job.py"], cwd=tmp_path, env=os.environ | ALONE, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "True set()\nTrue set()\n"), done.stderr
+
+
 def test_illegal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("GROUPCONV_TIMEOUT", "soon")
@@ -102,10 +124,14 @@ def test_illegal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.join()
 
 
+def torchrun(processes: int) -> list[str]:
+    """The command that starts a script in some processes, before the script."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launcher]
+
+
 def optimize(folder: Path, *options: str, processes: int) -> dict:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launch = torchrun(processes) if processes > 1 else [sys.executable]
     command = [
         *launch, "-m", "groupconv", "optimize", "--model", "net.py:build",
         "--data", "net.py:photos", "--budget", "60%macs", *options,

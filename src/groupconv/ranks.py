@@ -82,6 +82,10 @@ def join() -> None:
         timeout = timedelta(minutes=float(text))
     except ValueError:
         raise ArgumentError(f"{_TIMEOUT}={text!r} must be a number of minutes") from None
+    # Its functions take the group of all processes as a default, so importing it after the group is
+    # made (torch.export does) keeps the group's threads beyond `leave`, to abort with Python's end.
+    import torch.distributed.nn  # noqa: F401
+
     # Here, because accelerate takes seconds to import.
     from accelerate import PartialState
 
