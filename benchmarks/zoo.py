@@ -1,6 +1,6 @@
 """The networks that are timed as wholes: random weights, real statistics in every batch norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,20 @@ from groupconv.nn import ChannelShuffle, GroupConv2d
 _BATCH, _BATCHES = 4, 2
 
 
-def _vision(name: str) -> Callable[[], nn.Module]:
+def vision(name: str, **config: float) -> Callable[[], nn.Module]:
+    """What makes a network of torchvision, with random weights; ``config`` is for its class."""
+
     def make() -> nn.Module:
         from torchvision import models
 
-        return models.get_model(name, weights=None)
+        return models.get_model(name, weights=None, **config)
 
     return make
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
+def timm_model(name: str) -> Callable[[], nn.Module]:
+    """What makes a network of timm, with random weights."""
+
     def make() -> nn.Module:
         import timm
 
@@ -84,24 +88,24 @@ def _tiny() -> nn.Module:
 TINY = "tiny"
 # Name to what makes the network.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet50": _vision("resnet50"),
+    "resnet50": vision("resnet50"),
     "resnet50_grouped": _resnet50_grouped,
-    "resnext50_32x4d": _vision("resnext50_32x4d"),
-    "regnetx_004": _timm("regnetx_004"),
-    "regnety_016": _timm("regnety_016"),
-    "shufflenet_v2_x1_0": _vision("shufflenet_v2_x1_0"),
+    "resnext50_32x4d": vision("resnext50_32x4d"),
+    "regnetx_004": timm_model("regnetx_004"),
+    "regnety_016": timm_model("regnety_016"),
+    "shufflenet_v2_x1_0": vision("shufflenet_v2_x1_0"),
     "shufflenet_v1_g3": _shufflenet_v1(3),
     "shufflenet_v1_g8": _shufflenet_v1(8),
-    "mobilenetv1": _timm("mobilenetv1_100"),
-    "mobilenetv2_100": _vision("mobilenet_v2"),
-    "mobilenet_v3_large": _vision("mobilenet_v3_large"),
-    "efficientnet_lite0": _timm("efficientnet_lite0"),
-    "efficientnet_b0": _vision("efficientnet_b0"),
-    "mixnet_s": _timm("mixnet_s"),
-    "xception": _timm("legacy_xception"),
-    "convnext_tiny": _vision("convnext_tiny"),
-    "squeezenet1_1": _vision("squeezenet1_1"),
-    "ghostnet_100": _timm("ghostnet_100"),
+    "mobilenetv1": timm_model("mobilenetv1_100"),
+    "mobilenetv2_100": vision("mobilenet_v2"),
+    "mobilenet_v3_large": vision("mobilenet_v3_large"),
+    "efficientnet_lite0": timm_model("efficientnet_lite0"),
+    "efficientnet_b0": vision("efficientnet_b0"),
+    "mixnet_s": timm_model("mixnet_s"),
+    "xception": timm_model("legacy_xception"),
+    "convnext_tiny": vision("convnext_tiny"),
+    "squeezenet1_1": vision("squeezenet1_1"),
+    "ghostnet_100": timm_model("ghostnet_100"),
     TINY: _tiny,
 }
 QUICK = ("shufflenet_v1_g3", "mobilenetv2_100", "resnext50_32x4d")
@@ -114,19 +118,29 @@ def size(name: str) -> int:
 
 
 def images(name: str, batch: int, seed: int = 1) -> Tensor:
-    """Smooth random images ``(batch, 3, size, size)``, of mean 0 and variance about 1.
+    """Images ``(batch, 3, size, size)`` for a network."""
+    return smooth(batch, size(name), seed)
+
+
+def smooth(batch: int, side: int, seed: int = 1) -> Tensor:
+    """Random images ``(batch, 3, side, side)``, of mean 0 and variance about 1.
 
     White noise would be averaged away by the first layers of a network.
     """
     random = torch.Generator().manual_seed(seed)
-    side = size(name)
     coarse = torch.randn(batch, 3, 8, 8, generator=random)
     smooth = F.interpolate(coarse, (side, side), mode="bicubic", align_corners=False)
     return smooth + 0.2 * torch.randn(batch, 3, side, side, generator=random)
 
 
 def build(name: str) -> nn.Module:
-    """A network in eval mode; the same weights at every call.
+    """A network in eval mode; the same weights at every call."""
+    seen = (images(name, _BATCH, seed=100 + seed) for seed in range(_BATCHES))
+    return settled(NETWORKS[name], seen)
+
+
+def settled(make: Callable[[], nn.Module], batches: Iterable[Tensor]) -> nn.Module:
+    """A network as if it were trained, in eval mode; the same weights at every call.
 
     Every batch norm has scales and shifts of its own and statistics of random images, so that no
     layer is one that folds away: timm starts the last scale of a block at 0, torchvision ConvNeXt's
@@ -134,19 +148,20 @@ def build(name: str) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        net = NETWORKS[name]().eval()
+        net = make().eval()
         for key, parameter in net.named_parameters():
             if key.endswith("layer_scale"):
                 parameter.fill_(1.0)
         norms = [part for part in net.modules() if isinstance(part, nn.BatchNorm2d)]
         for norm in norms:
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.2)
+            if norm.affine:
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.2)
             # The mean over all batches, and not a moving one.
             norm.momentum = None
             norm.train()
         if norms:
-            for seed in range(_BATCHES):
-                net(images(name, _BATCH, seed=100 + seed))
+            for batch in batches:
+                net(batch)
         net.eval()
     return net.requires_grad_(False)

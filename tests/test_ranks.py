@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -130,8 +131,7 @@ def torchrun(processes: int) -> list[str]:
     return [sys.executable, *launcher]
 
 
-def optimize(folder: Path, *options: str, processes: int) -> dict:
-    launch = torchrun(processes) if processes > 1 else [sys.executable]
+def optimize(folder: Path, *options: str, launch: Sequence[str]) -> dict:
     command = [
         *launch, "-m", "groupconv", "optimize", "--model", "net.py:build",
         "--data", "net.py:photos", "--budget", "60%macs", *options,
@@ -146,11 +146,11 @@ def optimize(folder: Path, *options: str, processes: int) -> dict:
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     """The same structures, channels and weights; and what is learned is learned by both."""
     (tmp_path / "net.py").write_text(NETWORK)
-    one = optimize(tmp_path, "--out", "one", processes=1)
+    one = optimize(tmp_path, "--out", "one", launch=[sys.executable])
     # What is measured differs from run to run: the same times are taken for both.
     (tmp_path / "two").mkdir()
     shutil.copy(tmp_path / "one" / "latency.json", tmp_path / "two")
-    two = optimize(tmp_path, "--out", "two", processes=2)
+    two = optimize(tmp_path, "--out", "two", launch=torchrun(2))
     plans = [json.loads((tmp_path / out / "plan.json").read_text()) for out in ("one", "two")]
     assert plans[0]["layers"] == plans[1]["layers"]
     assert any(layer.get("groups", 1) > 1 for layer in plans[0]["layers"].values())
@@ -159,9 +159,17 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
     assert one["output_error"] == pytest.approx(two["output_error"], rel=1e-4)
-    learned = optimize(tmp_path, "--recover", "4s", "--out", "three", processes=2)
+    learned = optimize(tmp_path, "--recover", "4s", "--out", "three", launch=torchrun(2))
     assert learned["recovery"][-1]["steps"] > 0
     assert not list(tmp_path.rglob(".unfinished"))
+
+
+def test_accelerate_launches_it(tmp_path: Path) -> None:
+    """On CPUs as one process."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    learned = optimize(tmp_path, "--recover", "2s", "--out", "out", launch=launch)
+    assert learned["recovery"][-1]["steps"] > 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SLURM is for Linux")

@@ -37,5 +37,5 @@ def test_examples_of_the_compiler_run(tmp_path: Path) -> None:
 def test_what_and_install_come_first() -> None:
     opening = "\n".join(README.read_text().splitlines()[:40])
     assert "pip install -e . && groupconv demo" in opening
-    assert 'pip install -e ".[test]" && pytest' in opening
+    assert 'pip install -e ".[test]" && OMP_NUM_THREADS=1 pytest -n 2' in opening
     assert "```python" in opening

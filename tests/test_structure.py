@@ -48,7 +48,9 @@ ORDER = {
         "functions", "map", "norm", "softmax", "shuffle", "gather", "pad", "relayout", "upsample",
         "transform", "to_tiles", "from_tiles",
     ],
-    "models": ["fashion_resnet", "shufflenet_v1", "yolov3", "yolov3_weights"],
+    "models": [
+        "biggan", "fashion_resnet", "shufflenet_v1", "stylegan2", "yolov3", "yolov3_weights",
+    ],
     "data": ["images", "sample"],
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
@@ -57,7 +59,9 @@ ORDER = {
         "coreml", "verify", "export", "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],
-    "recovery": ["loss", "features", "augment", "options", "engine", "stages"],
+    "recovery": [
+        "loss", "features", "augment", "options", "lessons", "engine", "stages", "recover",
+    ],
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
         "covariance", "moments", "partition", "orders", "schur", "exchange", "refine", "search",
@@ -151,6 +155,7 @@ def test_public_names() -> None:
         "optimize",
         "plan",
         "profile",
+        "recover",
         "sweep",
     ]
     assert groupconv.nn.__all__ == [

@@ -22,7 +22,7 @@ from groupconv.optimize import (
     profile,
     sweep,
 )
-from groupconv.recovery import Recovery
+from groupconv.recovery import Recovery, recover
 from groupconv.targets import Bench, Exported, bench, export
 from groupconv.version import __version__
 
@@ -52,5 +52,6 @@ __all__ = [
     "optimize",
     "plan",
     "profile",
+    "recover",
     "sweep",
 ]

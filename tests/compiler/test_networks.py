@@ -77,6 +77,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ghostnet_100": (timm_net("ghostnet_100"), 32),
 }
 QUICK = ("shufflenet_v2_x1_0", "mobilenet_v3_large", "mixnet_s", "ghostnet_100")
+SWEPT = [
+    pytest.param(name, marks=pytest.mark.release if number % 4 else pytest.mark.slow)
+    for number, name in enumerate(NETWORKS)
+]
 
 
 def native(name: str, *sizes: tuple[int, ...]) -> Compiled:
@@ -97,8 +101,7 @@ def test_network(name: str) -> None:
     native(name, (2, smallest, smallest))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SWEPT)
 def test_networks_at_two_sizes(name: str) -> None:
     smallest = NETWORKS[name][1]
     sizes = ((smallest, smallest), (2 * smallest, 3 * smallest))
@@ -108,8 +111,7 @@ def test_networks_at_two_sizes(name: str) -> None:
     assert (ours - compiled(x)).abs().max() <= 1e-4 * ours.abs().max()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SWEPT)
 def test_networks_at_odd_sizes(name: str) -> None:
     """Whatever eager PyTorch takes, down to one pixel."""
     make, smallest = NETWORKS[name]

@@ -70,7 +70,7 @@ def test_random_graphs_after_all_passes(graph: Graph) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(graphs())
 def test_many_random_graphs(graph: Graph) -> None:
     check(graph)

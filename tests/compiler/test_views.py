@@ -250,7 +250,7 @@ def test_channels_become_rows() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=_slow)
+@settings(max_examples=300, deadline=None, suppress_health_check=_slow)
 @given(chains())
 def test_many_random_chains(chain: Any) -> None:
     check_chain(chain)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from groupconv.data import Images, load_images
+from groupconv.data import Images, largest_map, load_images
 from groupconv.data.images import IMAGENET_MEAN, IMAGENET_STD
 from groupconv.errors import ArgumentError, DataError
 
@@ -184,7 +184,19 @@ def test_values_that_are_not_finite(value: float) -> None:
             load_images(data, limit=COUNT)
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 4, 4), (2, 3, 4, 4, 4)])
+@pytest.mark.parametrize("shape", [(4, 16), (4, 3, 8), (4, 3, 8, 8)])
+def test_what_a_network_may_take(shape: tuple[int, ...]) -> None:
+    assert load_images(torch.ones(shape), limit=3).images.shape == (3, *shape[1:])
+
+
+def test_the_largest_map() -> None:
+    maps = [torch.ones(2, 3, 8, 4), {"boxes": torch.ones(5, 4)}, torch.ones(1, 1, 6, 6)]
+    assert largest_map(maps[0]) == 32
+    assert largest_map(*maps, "a text") == 36
+    assert largest_map(maps[1]) == 1
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4, 4)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     for data in (torch.ones(shape), [torch.ones(shape)], Images(torch.ones(shape), None, "mine")):
         with pytest.raises(DataError, match=r"images have shape .*; expected \(N, C, H, W\)"):

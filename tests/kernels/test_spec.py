@@ -158,7 +158,7 @@ LEGAL = make_spec(2, False, 2, 3, 2, 1, 1)
         ({"out_channels": 7}, "out_channels=7"),
         ({"batch": -1}, "batch=-1"),
         ({"batch": None}, "batch=None"),
-        ({"input_size": ()}, "input_size=()"),
+        ({"input_size": ()}, "must have 0 items"),
         ({"input_size": (1, 2, 3, 4)}, "input_size=(1, 2, 3, 4)"),
         ({"input_size": (0, 9)}, "input_size=(0, 9)"),
         ({"kernel_size": (3,)}, "kernel_size=(3,)"),

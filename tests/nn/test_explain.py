@@ -262,7 +262,7 @@ def test_errors_of_a_users_hook() -> None:
     assert [call.layer for call in found.calls] == ["0", "0.conv"]
 
 
-@pytest.mark.parametrize("module", [None, 3, torch.relu, our_nn.GroupConv2d, [nn.ReLU()]], ids=str)
+@pytest.mark.parametrize("module", [None, 3, torch.relu, our_nn.GroupConv2d, [nn.ReLU()]])
 def test_what_is_no_module(module: Any) -> None:
     with pytest.raises(ArgumentError, match=r"explain: module=.* must be a torch\.nn\.Module"):
         explain(module, IMAGE)

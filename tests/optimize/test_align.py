@@ -295,7 +295,7 @@ def test_networks_get_no_more_permutations(seed: int) -> None:
     for conv in mapped.convs:
         spec = conv.spec
         legal = legal_groups(spec.in_channels, spec.out_channels)[1:]
-        if spec.groups > 1 or spec.transposed or not legal or rng.random() < 0.2:
+        if spec.linear or spec.groups > 1 or spec.transposed or not legal or rng.random() < 0.2:
             continue
         groups = int(rng.choice(legal))
         wanted = [rng.permutation(n).tolist() if rng.random() < 0.7 else orders.channels(axis)

@@ -106,7 +106,7 @@ def random_plan(seed: int) -> tuple[Mixed, Trace, dict[str, Partition]]:
     rng = np.random.default_rng(seed)
     model = network(seed)
     mapped = trace(model, (images(),))
-    dense = [conv.name for conv in mapped.convs if conv.spec.groups == 1]
+    dense = [conv.name for conv in mapped.convs if conv.spec.groups == 1 and not conv.spec.linear]
     names = rng.permutation(dense)[: rng.integers(1, len(dense) + 1)].tolist()
     return model, mapped, {n: random_partition(model.get_submodule(n), rng) for n in names}
 
@@ -115,7 +115,7 @@ def random_plan(seed: int) -> tuple[Mixed, Trace, dict[str, Partition]]:
 @given(seed=st.integers(0, 10**6))
 def test_permuting_changes_nothing(seed: int) -> None:
     model, mapped, partitions = random_plan(seed)
-    assert len(mapped.convs) == 9
+    assert len(mapped.convs) == 10
     for name, partition in partitions.items():
         plant(model.get_submodule(name), partition)
     x, before = images(), copy.deepcopy(model.state_dict())
@@ -136,7 +136,7 @@ def test_permuting_changes_nothing(seed: int) -> None:
 
     # The weights are the answer already and the ridge pulls towards them: what is left is float32.
     losses = refit(model, converted, every(x), Store(None, ""), {})
-    assert losses == pytest.approx(dict.fromkeys(partitions, 0), abs=1e-6)
+    assert losses == pytest.approx(dict.fromkeys(partitions, 0), abs=5e-6)
     assert_close(outputs(converted.model, x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -248,8 +248,8 @@ def test_names_that_cannot_be_converted() -> None:
     model = network(0)
     mapped = trace(model, (images(),))
     for name, reason in (
-        ("nowhere", "'nowhere' can't be converted: no such convolution"),
-        ("fc", "'fc' can't be converted: no such convolution"),
+        ("nowhere", "'nowhere' can't be converted: no such layer"),
+        ("fc", "fc: groups=2 can't stand in place of a linear layer"),
         ("depthwise", "'depthwise' already has groups=12"),
     ):
         with pytest.raises(DataError, match=reason):
@@ -290,7 +290,7 @@ def test_every_illegal_layer_is_named_at_once() -> None:
     told = "; ".join(faults)
     for fault in (
         "expand: in_channels=8 not divisible by groups=3",
-        "layer 'nowhere' can't be converted: no such convolution",
+        "layer 'nowhere' can't be converted: no such layer",
         "project: first of the pair: ",
         "layer 'depthwise' already has groups=12",
         "merge: 8 input and 8 output channels listed; the layer has 12 and 8",

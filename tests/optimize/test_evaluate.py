@@ -95,6 +95,9 @@ def test_every_batch_in_order() -> None:
     results = outputs(Fixed(remember), images)
     assert torch.equal(results, images)
     assert (sum(seen), max(seen)) == (300, 128)
+    seen.clear()
+    outputs(Fixed(remember), torch.zeros(4, 1, 2048, 2048))
+    assert seen == [1, 2, 1]
     assert results.dtype == torch.float32
 
 

@@ -99,13 +99,16 @@ def test_assignment_is_the_best_of_all(groups: int) -> None:
     assert gain[np.arange(6), labels].sum() == pytest.approx(best)
 
 
-@pytest.mark.parametrize("values", ["any", "negative", "few", "equal", "tiny"])
-@pytest.mark.parametrize(("groups", "room"), [(1, 5), (2, 40), (5, 7), (16, 12), (17, 3), (40, 1)])
+@pytest.mark.parametrize("values", ["any", "skewed", "negative", "few", "equal", "tiny"])
+@pytest.mark.parametrize(
+    ("groups", "room"), [(1, 5), (1, 70), (2, 40), (5, 7), (5, 17), (16, 12), (17, 3), (40, 2)]
+)
 def test_assignment_agrees_with_the_general_solver(groups: int, room: int, values: str) -> None:
     rng = np.random.default_rng(room)
     shape = (groups * room, groups)
     gain = {
         "any": rng.random(shape) * rng.exponential(size=(shape[0], 1)),
+        "skewed": rng.random(shape) * rng.exponential(size=groups),
         "negative": rng.normal(size=shape) - 5,
         "few": rng.integers(0, 3, shape).astype(float),
         "equal": np.zeros(shape),

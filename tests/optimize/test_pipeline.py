@@ -201,7 +201,7 @@ def test_kept_layers_stay_dense() -> None:
         ({"data": torch.randn(8, 4, 12, 12)}, groupconv.DataError, r"\(1, 4, 12, 12\)"),
         ({"data": torch.full((8, 3, 12, 12), float("nan"))}, groupconv.DataError, "NaN"),
         ({"data": torch.randn(0, 3, 12, 12)}, groupconv.DataError, "no images"),
-        ({"data": torch.randn(3, 12, 12)}, groupconv.DataError, r"\(3, 12, 12\)"),
+        ({"data": torch.randn(3, 12, 12)}, groupconv.DataError, r"\(1, 12, 12\)"),
     ],
 )
 def test_bad_input_is_one_error_and_loses_nothing(

@@ -248,7 +248,7 @@ def test_an_illegal_plan_names_all_faults_and_writes_nothing(tmp_path: Path) -> 
     for fault in (
         "conv1: in_channels=16 and out_channels=16 not divisible by groups=3",
         "conv2: 8 input and 8 output channels listed; the layer has 16 and 16",
-        "layer 'conv3' can't be converted: no such convolution",
+        "layer 'conv3' can't be converted: no such layer",
         "stem.0: first of the pair",
     ):
         assert fault in str(raised.value)

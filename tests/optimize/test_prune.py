@@ -21,6 +21,7 @@ from groupconv.optimize import fit as fit_module
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.moments import Sampling
 from groupconv.optimize.prune import importance, prunable, prune, refit_pruned, strongest
+from groupconv.optimize.structure import channels
 from groupconv.optimize.trace import Trace, trace
 
 X = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -237,12 +238,15 @@ def test_spaces_that_are_left_whole(
     assert re.search(reason, reasons[first])
 
 
-def test_hidden_units_of_linear_layers_are_left() -> None:
+def test_hidden_units_of_linear_layers_are_channels_too() -> None:
     net = network(lambda m, x: m.more(head(m, m.a(x))), more=nn.Linear(3, 2))
     mapped = trace(net, (X,))
-    _, reasons = prunable(net, mapped, (X,))
-    member = next(m for m in mapped.members if (m.module, m.axis) == ("more", 1))
-    assert reasons[member.runs.spaces[0]] == "no traced convolution writes it"
+    spaces, _ = prunable(net, mapped, (X,))
+    (hidden,) = next(m for m in mapped.members if (m.module, m.axis) == ("more", 1)).runs.parts
+    assert hidden in spaces
+    smaller = prune(net, mapped, {hidden: [0, 2]})
+    assert_close(smaller.more.weight, net.more.weight[:, [0, 2]], rtol=0, atol=0)
+    assert smaller(X).shape == net(X).shape
 
 
 def test_strands_that_cannot_be_kept() -> None:
@@ -364,9 +368,9 @@ def test_layers_come_closer_to_the_original(channels: int) -> None:
     cut = capture(smaller, names, x)
     sampling = Sampling(lambda: [x], images=len(x), max_positions=10**6, seed=0)
     losses = refit_pruned(net, smaller, mapped, kept, sampling)
-    assert list(losses) == ["conv1", "conv2"]
+    assert list(losses) == ["conv1", "conv2", "fc"]
     refitted, whole = capture(smaller, names, x), capture(net, names, x)
-    for name, layer in zip(names, losses, strict=True):
+    for name, layer in zip(names, ("conv1", "conv2"), strict=True):
         target = whole[name][1][:, list(kept[space_of(mapped, layer)])]
         results = [float((run[name][1] - target).norm()) for run in (cut, refitted)]
         assert results[1] < 0.9 * results[0]
@@ -401,13 +405,13 @@ def test_families(name: str) -> None:
     smaller = prune(net, mapped, kept)
     assert_sizes(smaller)
     for layer in mapped.convs:
-        before, after = (m.get_submodule(layer.name) for m in (net, smaller))
+        before, after = (channels(m.get_submodule(layer.name))[1] for m in (net, smaller))
         if layer.outputs.spaces[0] in reasons:
-            assert after.out_channels == before.out_channels
+            assert after == before
         else:
-            step = 8 if before.out_channels >= 16 else 1
-            assert abs(after.out_channels - before.out_channels / 2) < step
-            assert after.out_channels % step == 0
+            step = 8 if before >= 16 else 1
+            assert abs(after - before / 2) < step
+            assert after % step == 0
     assert count_macs(smaller, (x[:1],)) < 0.4 * count_macs(net, (x[:1],))
     cut = error(net, smaller, x)
     if name in ("squeezenet1_1", "mobilenet_v2"):

@@ -13,7 +13,7 @@ from traced import Net
 from groupconv.errors import DataError
 from groupconv.optimize.covariance import LayerSums, Moments, SeparableMoments, SeparableSums
 from groupconv.optimize.evaluate import outputs
-from groupconv.optimize.menu import Candidate
+from groupconv.optimize.menu import SWEEPS, Candidate
 from groupconv.optimize.moments import sample
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
@@ -181,7 +181,7 @@ def test_a_cut_that_loses_nothing_says_nothing_of_the_others() -> None:
 def test_a_pair_is_tried_with_its_fitted_weights() -> None:
     net, x = linear()
     problem, pair = problem_of(net, x), Pair(4, 1, 1, False)
-    fitted = fit_pair(problem, pair, sweeps=1)
+    fitted = fit_pair(problem, pair, sweeps=SWEEPS)
     found = Trials(net, x).sensitivity("1", problem, [Candidate(pair, fitted.loss)])
     weight = fitted.dense().reshape(net[1].weight.shape)
     assert found.error(fitted.loss) == pytest.approx(true_error(net, x, weight), rel=1e-3)

@@ -31,6 +31,7 @@ def eligible(mapped: Trace) -> list[TracedConv]:
         for conv in mapped.convs
         if conv.spec.groups == 1
         and not conv.spec.transposed
+        and not conv.spec.linear
         and len(legal_groups(conv.spec.in_channels, conv.spec.out_channels)) > 1
     ]
 

@@ -68,7 +68,7 @@ def counted_by_hand(net: nn.Module, x: Tensor) -> int:
 def test_costs_are_those_of_the_modules(structure: Structure, settings: dict, dims: int) -> None:
     conv, x = KINDS[dims - 1](8, 12, **settings), torch.randn(2, 8, *[7] * dims)
     dense, shape = spec_of(conv, x), conv(x).shape
-    structure.check("conv", 8, 12)
+    structure.check("conv", conv)
     net = nn.Sequential(structure.build(conv, bias=True))
     convs = [m for m in net if isinstance(m, nn.modules.conv._ConvNd)]
     assert net(x).shape == shape
@@ -161,7 +161,7 @@ def test_shuffle_is_torchs_and_order_says_so() -> None:
 )  # fmt: skip
 def test_illegal_structures_are_named(structure: Structure, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        structure.check("layer", 8, 12)
+        structure.check("layer", nn.Conv2d(8, 12, 1))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)

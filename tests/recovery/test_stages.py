@@ -283,3 +283,40 @@ def test_broken_image_is_named_and_nothing_lost() -> None:
         school(teacher, Recovery("1s", train=loader)).teach(student)
     assert not any(m.training for m in student.modules())
     assert all(p.grad is None for p in student.parameters())
+
+
+class Viewing(nn.Module):
+    """Its forward pass takes channels only in the usual order in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(400, 5)
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            self.seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        y: Tensor = self.fc(self.conv(x).view(len(x), -1))
+        return y
+
+
+def test_channels_are_last_in_memory_where_the_networks_take_it() -> None:
+    seen: list[bool] = []
+    teacher = residual()
+    student = moved_away(teacher)
+    student.register_forward_pre_hook(
+        lambda _, args: (
+            seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+            if torch.is_grad_enabled()
+            else None
+        )
+    )
+    school(teacher, Recovery("1s")).teach(student)
+    assert seen
+    assert all(seen)
+    viewing = Viewing().eval()
+    other = moved_away(viewing)
+    taught = school(viewing, Recovery("1s", learning_rate=1e-2)).teach(other)
+    assert other.seen
+    assert not any(other.seen)
+    assert taught[-1]["after"] < taught[-1]["before"]

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,9 @@ from groupconv.targets.base import FileTarget
 from groupconv.targets.export import FILE_TARGETS
 
 QUANTIZED = ("onnxruntime", "litert")
+# Without these instructions ONNX Runtime adds pairs of products in 16 bits, and some saturate: what
+# the file says is then seen in floating point only.
+VNNI = any(llvm.get_host_cpu_features().get(name) for name in ("avx512vnni", "avxvnni"))
 every_target = pytest.mark.parametrize(
     "target",
     [
@@ -45,17 +49,38 @@ def quantized(target: FileTarget, folder: Path, net: nn.Module, *size: int) -> g
     )
 
 
+def in_float(path: str, net: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Largest and mean difference, over the largest number, of a file whose INT8 nodes are run as
+    they are written: back to floats, then convolved."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options)
+    (name,) = (x.name for x in session.get_inputs())
+    found = torch.cat([torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+                       for x in images.split(1)])  # fmt: skip
+    with torch.no_grad():
+        right = net(images)
+    error = (found - right).abs() / right.abs().max()
+    return float(error.max()), float(error.mean())
+
+
 @every_target
 @pytest.mark.parametrize("groups", [1, 2, 16, 64])
 def test_a_grouped_layer_is_still_one_node(target: FileTarget, groups: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = quantized(target, tmp_path, nn.Conv2d(64, 64, 3, groups=groups), 64, 9, 8)
+    net = nn.Conv2d(64, 64, 3, groups=groups)
+    found = quantized(target, tmp_path, net, 64, 9, 8)
     assert sum(n for name, n in found.nodes.items() if "conv" in name.lower()) == 1
     assert found.before_int8 is not None
     assert found.before_int8.largest < 1e-5
     # Eight bits: some per mille, but more where what is beyond the calibrated range is cut.
-    assert 1e-3 < found.agreement.largest < 0.3
-    assert found.agreement.mean < 0.01
+    largest, mean = found.agreement.largest, found.agreement.mean
+    if target.name == "onnxruntime" and not VNNI:
+        largest, mean = in_float(found.path, net, numbers(4, 64, 9, 8, seed=1))
+    assert 1e-3 < largest < 0.3
+    assert mean < 0.01
     assert found.stay_float == ()
     assert [file.name for file in tmp_path.iterdir()] == [f"net{target.suffix}"]
 

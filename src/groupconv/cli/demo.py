@@ -18,8 +18,8 @@ _BATCH = 64
 
 def demo(
     out: Out = Path("groupconv-demo"),
-    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "1.6x",
-    recover: Recover = "40s",
+    budget: Annotated[str, typer.Option(help="As in groupconv optimize.")] = "2x",
+    recover: Recover = "15s",
     seed: Seed = 0,
     quiet: Quiet = False,
     json: JsonFlag = False,

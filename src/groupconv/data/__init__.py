@@ -1,5 +1,5 @@
 """Images: loaders, and the bundled sample."""
 
-from groupconv.data.images import Images, load_images
+from groupconv.data.images import Images, largest_map, load_images
 
-__all__ = ["Images", "load_images"]
+__all__ = ["Images", "largest_map", "load_images"]

@@ -1,5 +1,6 @@
 """Images from wherever people keep them: tensor, loader, folder, .npz."""
 
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from groupconv.errors import ArgumentError, DataError
 from groupconv.store import fingerprint
@@ -23,7 +25,8 @@ class Images:
     """Images ready for a network.
 
     Args:
-        images: ``(N, C, H, W)``, floating point.
+        images: ``(N, C, H, W)``, floating point; sequences ``(N, C, L)`` or latents ``(N, C)``
+            where the network takes those.
         labels: ``(N,)`` class numbers, or None.
         source: where they come from, in words.
     """
@@ -49,9 +52,12 @@ class Images:
         return fingerprint([("images", self.images), *labels])
 
     def shuffled(self, seed: int) -> "Images":
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        labels = None if self.labels is None else self.labels[order]
-        return Images(self.images[order], labels, self.source)
+        return self.take(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)))
+
+    def take(self, index: Tensor) -> "Images":
+        """Those of some numbers, in that order, or those where a mask is true."""
+        labels = None if self.labels is None else self.labels[index]
+        return Images(self.images[index], labels, self.source)
 
 
 def load_images(
@@ -66,16 +72,16 @@ def load_images(
     """At most ``limit`` images from any of the accepted forms, picked at random by ``seed``.
 
     Args:
-        data: an :class:`Images`; a tensor ``(N, C, H, W)``; a pair of images and labels; a loader
-            or other iterable of such batches; a folder of images, labelled by sub-folder or flat;
-            an ``.npz`` with ``images`` and perhaps ``labels``.
+        data: an :class:`Images`; a tensor ``(N, C, H, W)``, ``(N, C, L)`` or ``(N, C)``; a pair of
+            images and labels; a loader or other iterable of such batches; a folder of images,
+            labelled by sub-folder or flat; an ``.npz`` with ``images`` and perhaps ``labels``.
         limit: number of images to keep.
         image_size, mean, std: for a folder: the short side is scaled to 256/224 of image_size,
             the centre is cropped, and each channel is normalised.
         seed: of the choice, when there are more. A loader is read in its own order instead.
 
     Raises:
-        DataError: no images, an unreadable one, NaN values, or a shape that is not 4-d.
+        DataError: no images, an unreadable one, NaN values, or a shape that is none of these.
         ArgumentError: none of the accepted forms.
     """
     if isinstance(data, str | Path):
@@ -98,6 +104,12 @@ def load_images(
     )
 
 
+def largest_map(*values: Any) -> int:
+    """Positions of the largest tensor ``(N, C, *size)`` in any nesting: memory grows with them."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return max(math.prod(tensor.shape[2:]) for tensor in tensors)
+
+
 def _is_pair(data: Any) -> bool:
     """Whether data are images and their labels, and not two batches of images."""
     two_tensors = isinstance(data, tuple | list) and [isinstance(t, Tensor) for t in data]
@@ -106,9 +118,10 @@ def _is_pair(data: Any) -> bool:
 
 def _checked(found: Images, limit: int, seed: int) -> Images:
     images, labels = found.images, found.labels
-    if images.ndim != 4:
+    if not 2 <= images.ndim <= 4:
         raise DataError(
-            f"{found.source}: images have shape {tuple(images.shape)}; expected (N, C, H, W)"
+            f"{found.source}: images have shape {tuple(images.shape)}; expected (N, C, H, W), "
+            "sequences (N, C, L) or latents (N, C)"
         )
     if not len(images):
         raise DataError(f"{found.source}: no images")

@@ -99,6 +99,8 @@ def is_int(value: Any) -> bool:
 class ConvSpec:
     """A 1-d, 2-d or 3-d convolution, or transposed convolution, on one input size.
 
+    A linear layer is one on no axes.
+
     Args:
         batch: images, N.
         in_channels, out_channels, groups: as in torch; groups divides both.
@@ -126,8 +128,8 @@ class ConvSpec:
 
     def __post_init__(self) -> None:
         where, dims = "ConvSpec", len(self.input_size)
-        if dims not in (1, 2, 3):
-            raise ArgumentError(f"{where}: input_size={self.input_size} must have 1 to 3 axes")
+        if dims > 3:
+            raise ArgumentError(f"{where}: input_size={self.input_size} must have 0 to 3 axes")
         check_groups(where, self.in_channels, self.out_channels, self.groups)
         if not is_int(self.batch) or self.batch < 0:
             raise ArgumentError(f"{where}: batch={self.batch!r} must be an integer >= 0")
@@ -143,11 +145,16 @@ class ConvSpec:
                 )
             _check_axes(where, "output_padding", self.output_padding, dims, 0)
             check_output_padding(where, self.output_padding, self.stride, self.dilation)
-        if min(self.output_size) < 1:
+        if min(self.output_size, default=1) < 1:
             raise ArgumentError(
                 f"{where}: output size {self.output_size} is empty: input_size={self.input_size}, "
                 f"kernel_size={self.kernel_size}, padding={self.padding}, dilation={self.dilation}"
             )
+
+    @property
+    def linear(self) -> bool:
+        """Whether this is a linear layer."""
+        return not self.input_size
 
     @property
     def output_size(self) -> tuple[int, ...]:

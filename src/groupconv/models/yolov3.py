@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_convert
 
 from groupconv.errors import ArgumentError
 
@@ -133,6 +132,9 @@ def decode(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         Corners ``(N, B, 4)`` as x1, y1, x2, y2; whether there is an object, ``(N, B)``; and of what
         class, ``(N, B, classes)``, each from 0 to 1.
     """
+    # Imported here: it takes seconds, and every command reads this module.
+    from torchvision.ops import box_convert
+
     boxes, objects, classes = [], [], []
     for found, anchors, stride in zip(maps, _ANCHORS, _STRIDES, strict=True):
         n, _, h, w = found.shape
@@ -164,6 +166,8 @@ def detect(
     Returns:
         for each image ``boxes`` ``(B, 4)``, ``scores`` and ``labels`` ``(B,)``, the best first.
     """
+    from torchvision.ops import batched_nms
+
     found = []
     for corners, objects, classes in zip(*decode(maps), strict=True):
         scores = objects[:, None] * classes

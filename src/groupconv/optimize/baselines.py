@@ -138,7 +138,7 @@ def _partitions(
     convs = {conv.name: conv for conv in trace.convs}
     for name in groups:
         if name not in convs:
-            reason = trace.skipped.get(name, "no such convolution")
+            reason = trace.skipped.get(name, "no such layer")
             raise DataError(f"groups: layer {name!r} can't be cut: {reason}")
     return {
         name: Partition(

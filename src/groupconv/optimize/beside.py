@@ -28,8 +28,8 @@ def beside(
 
     The same layers in groups, of their channels as they come and without a refit, and of random
     channels and refitted; and the dense network with channels pruned until it is as fast, refitted.
-    A layer that became something else than a grouped convolution is cut into the number of groups
-    nearest in multiply-adds.
+    A convolution that became something else than a grouped one is cut into the number of groups
+    nearest in multiply-adds; linear layers stay as they are there.
 
     Args:
         job: the run.
@@ -43,7 +43,11 @@ def beside(
         ``"why_not"`` instead.
     """
     convs = {conv.name: conv for conv in job.mapped.convs}
-    groups = {name: _groups(settled, convs[name].spec) for name, settled in layers.items()}
+    groups = {
+        name: _groups(settled, convs[name].spec)
+        for name, settled in layers.items()
+        if not convs[name].spec.linear
+    }
     ours = job.target.build(fitted, (job.example(job.batch_size),))
 
     def relative(net: nn.Module) -> float:

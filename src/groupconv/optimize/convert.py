@@ -20,7 +20,7 @@ from groupconv.nn import ChannelPermutation
 from groupconv.optimize.fold import reorder
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
-from groupconv.optimize.structure import Grouped, Structure, from_dict, to_dict
+from groupconv.optimize.structure import Grouped, Layer, Structure, from_dict, to_dict
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.recovery import Feature
 
@@ -132,7 +132,7 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
         DataError: names that are not traced dense convolutions, or structures that do not divide
             their channels.
     """
-    check(trace, layers)
+    check(model, trace, layers)
     convs = {conv.name: conv for conv in trace.convs}
     orders = Orders(trace.spaces)
     settled = {
@@ -159,7 +159,7 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
                 channels_out = partition.out_order
                 order_out = _positions(channels_out, after)
         dense = model.get_submodule(conv.name)
-        assert isinstance(dense, nn.modules.conv._ConvNd)
+        assert isinstance(dense, Layer)
         # Without a batch norm to take it, the refit needs a bias for the mean of what is lost.
         bias = dense.bias is not None or conv.batch_norm is None
         edit = Edit(structure_of(layers[conv.name]), bias, order_in, order_out)
@@ -178,13 +178,13 @@ def structure_of(settled: Settled) -> Structure:
     return Grouped(settled.groups) if isinstance(settled, Partition) else settled
 
 
-def check(trace: Trace, layers: Mapping[str, Settled]) -> None:
+def check(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> None:
     """Raise DataError naming every layer that can't be converted as asked, and why."""
     wrong = []
     convs = {conv.name: conv for conv in trace.convs}
     for name, settled in layers.items():
         if name not in convs:
-            reason = trace.skipped.get(name, "no such convolution")
+            reason = trace.skipped.get(name, "no such layer")
             wrong.append(f"layer {name!r} can't be converted: {reason}")
             continue
         spec = convs[name].spec
@@ -192,7 +192,9 @@ def check(trace: Trace, layers: Mapping[str, Settled]) -> None:
             wrong.append(f"layer {name!r} already has groups={spec.groups}")
             continue
         try:
-            structure_of(settled).check(name, spec.in_channels, spec.out_channels)
+            layer = model.get_submodule(name)
+            assert isinstance(layer, Layer)
+            structure_of(settled).check(name, layer)
         except ArgumentError as error:
             wrong.append(str(error))
             continue
@@ -218,11 +220,12 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
             old = model.get_submodule(name)
         except AttributeError as error:
             raise DataError(f"the model has no layer {name!r}, which the plan converts") from error
-        if not isinstance(old, nn.modules.conv._ConvNd) or old.transposed:
+        if not isinstance(old, Layer) or getattr(old, "transposed", False):
             raise DataError(
-                f"layer {name!r} is a {type(old).__name__}; the plan expects a convolution"
+                f"layer {name!r} is a {type(old).__name__}; the plan expects a convolution or a "
+                "linear layer"
             )
-        edit.structure.check(name, old.in_channels, old.out_channels)
+        edit.structure.check(name, old)
         hooks = {key: getattr(old, key) for key in ("_forward_hooks", "_forward_pre_hooks")}
         steps = edit.structure.build(old, edit.bias)
         if edit.order_in is not None:
@@ -241,9 +244,9 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
         model.set_submodule(name, new)
 
 
-def _cut(dense: nn.modules.conv._ConvNd, conv: nn.Module, where: Placed, groups: int) -> None:
+def _cut(dense: Layer, conv: nn.Module, where: Placed, groups: int) -> None:
     """Copy the blocks of the dense weight that the groups keep."""
-    assert isinstance(conv, nn.modules.conv._ConvNd)
+    assert isinstance(conv, Layer)
     device = dense.weight.device
     rows = torch.tensor(where.channels_out, device=device)
     columns = torch.tensor(where.channels_in, device=device)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupconv.data import Images
+from groupconv.data import Images, largest_map
 from groupconv.errors import DataError
 from groupconv.optimize.cost import tensors_in
 
-_BATCH = 128
+# Images of a batch, at most, and pixels.
+_BATCH, _PIXELS = 128, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Quality:
         interval_before, interval_after: their 95% intervals (Wilson's).
         agreement: share of images with the same top-1 class, or None if the output has no classes.
         output_error: ``|y' - y| / |y|`` over all outputs.
+        psnr: of images that the network makes, those of the original being what is right, in dB;
+            None if it makes none, or the same.
     """
 
     images: int
@@ -33,6 +36,7 @@ class Quality:
     interval_after: tuple[float, float] | None
     agreement: float | None
     output_error: float
+    psnr: float | None = None
 
 
 @torch.inference_mode()
@@ -43,9 +47,12 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
         DataError: the network does not accept the images, or does not give tensors.
     """
     device = next(model.parameters()).device
-    results = []
-    for batch in images.split(_BATCH):
-        out = run(model, batch.to(device))
+    # One image tells how large the outputs are.
+    first = run(model, images[:1].to(device))
+    size = max(1, min(_BATCH, _PIXELS // largest_map(images, first)))
+    results = [first.float().cpu()]
+    for start in range(1, len(images), size):
+        out = run(model, images[start : start + size].to(device))
         results.append(out.float().cpu())
     return torch.cat(results)
 
@@ -73,7 +80,8 @@ def compare(original: nn.Module, converted: nn.Module, test: Images) -> Quality:
     before, after = outputs(original, test.images), outputs(converted, test.images)
     error = float((after - before).norm() / before.norm().clamp_min(1e-30))
     if before.ndim != 2 or before.shape[1] < 2:
-        return Quality(len(test), None, None, None, None, None, error)
+        psnr = _psnr(before, after) if _are_images(before) else None
+        return Quality(len(test), None, None, None, None, None, error, psnr)
     classes = before.argmax(1), after.argmax(1)
     agreement = float((classes[0] == classes[1]).float().mean())
     if test.labels is None or int(test.labels.max()) >= before.shape[1]:
@@ -88,6 +96,17 @@ def compare(original: nn.Module, converted: nn.Module, test: Images) -> Quality:
         agreement,
         error,
     )
+
+
+def _are_images(y: Tensor) -> bool:
+    return y.ndim == 4 and y.shape[1] in (1, 3)
+
+
+def _psnr(right: Tensor, y: Tensor) -> float | None:
+    """Peak signal-to-noise ratio, the peak being the range of what is right."""
+    error = float((y - right).double().square().mean())
+    peak = float(right.max() - right.min())
+    return 10 * math.log10(peak**2 / error) if error and peak else None
 
 
 def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:

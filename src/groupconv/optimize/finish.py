@@ -22,6 +22,7 @@ from groupconv.optimize.refit import refit
 from groupconv.optimize.structure import DENSE
 from groupconv.optimize.summary import LayerRow, summarize, write_report
 from groupconv.recovery import Recovery
+from groupconv.recovery.lessons import batch_size
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ class Finish:
                 job.images,
                 self.judged,
                 self.recover,
-                batch=job.training_batch,
+                batch=batch_size(job.pixels),
                 seed=job.seed,
                 # Learning depends on all that the plan changes.
                 store=job.store("recover", plan.to_json(), self.recover.described()),
@@ -231,4 +232,6 @@ def _in_words(quality: Quality) -> str:
         return f"accuracy {quality.accuracy_after:.2%} (original {quality.accuracy_before:.2%})"
     if quality.agreement is not None:
         return f"top-1 agreement with the original {quality.agreement:.2%}"
+    if quality.psnr is not None:
+        return f"images like the original's, PSNR {quality.psnr:.1f} dB"
     return f"relative output error {quality.output_error:.4f}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.optimize.evaluate import run
+from groupconv.optimize.structure import Layer, channels
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def output_importance(
         if weights is None or not torch.isfinite(weights).all() or not weights.any():
             log.info("%s: its outputs all count alike: the output has no gradient there", name)
             layer = model.get_submodule(name)
-            assert isinstance(layer, nn.modules.conv._ConvNd)
-            weights = torch.ones(layer.out_channels, dtype=torch.float64)
+            assert isinstance(layer, Layer)
+            weights = torch.ones(channels(layer)[1], dtype=torch.float64)
         weights = weights / weights.mean()
         result[name] = weights.clamp_min(_LEAST)
     return result

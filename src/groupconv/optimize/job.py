@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from groupconv import ranks
 from groupconv.busy import require_quiet
-from groupconv.data import Images
+from groupconv.data import Images, largest_map
 from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.evaluate import run
@@ -23,6 +23,7 @@ from groupconv.optimize.importance import output_importance
 from groupconv.optimize.moments import Sampling
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
+from groupconv.recovery import lessons
 from groupconv.store import Store, fingerprint
 from groupconv.targets import LatencyTable, Target
 from groupconv.timing import TURN, Timing, interleave
@@ -34,7 +35,6 @@ _MOMENT_IMAGES = 2_048
 _MAX_POSITIONS = 20_000
 # Images of a batch, at most, and pixels: the activations of 41 images of 224 x 224 take about 1 GB.
 _BATCH, _PIXELS = 128, 1 << 21
-_TRAINING_BATCH = 64
 # A backward pass keeps all activations of a batch.
 _IMPORTANCE_IMAGES, _IMPORTANCE_BATCH = 64, 16
 
@@ -56,6 +56,7 @@ class Job:
         mapped: its trace.
         importance: layer name to what its output channels count.
         baked, folded: what was changed in it, by name.
+        pixels: of the images, or of what the network makes of them if those are more.
         macs: of one image.
         weights: bytes of all parameters and buffers.
         steps: seconds of each step so far.
@@ -73,9 +74,6 @@ class Job:
     ) -> None:
         self.name = type(model).__name__
         self.images, self.target, self.seed, self.batch_size = images, target, seed, batch_size
-        self.pixels = math.prod(images.images.shape[2:])
-        # Of the images that a network learns from: a backward pass keeps all activations.
-        self.training_batch = max(min(_TRAINING_BATCH, _PIXELS // self.pixels // 4), 2)
         self.device = next(model.parameters()).device
         self.folder = folder
         self.table = LatencyTable(target, None if folder is None else folder / "latency.json")
@@ -84,7 +82,7 @@ class Job:
         self.steps: dict[str, float] = {}
         ranks.on_first(require_quiet)
         with self.step("trace"):
-            run(model, self.example(1))
+            self.pixels = largest_map(images.images, run(model, self.example(1)))
             model, self.baked = bake(model)
             if self.baked:
                 log.info("norms of weights made plain: %s", ", ".join(self.baked))
@@ -99,7 +97,8 @@ class Job:
         )
         with self.step("importance"):
             names = [conv.name for conv in self.mapped.convs]
-            sample = self.images.images[:_IMPORTANCE_IMAGES].split(_IMPORTANCE_BATCH)
+            size = min(_IMPORTANCE_BATCH, lessons.batch_size(self.pixels))
+            sample = self.images.images[:_IMPORTANCE_IMAGES].split(size)
             batches = (batch.to(self.device) for batch in sample)
             self.importance = output_importance(self.model, names, batches, seed)
         self.searches = Searches(self.model, self.mapped.convs, self.sampling, self.importance)

@@ -5,6 +5,7 @@ runtimes make a part of its last convolution, and after as many bytes have passe
 as the network has weights.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -103,6 +104,9 @@ def _times(
 def _build(
     target: Target, dense: ConvSpec, structure: Structure, activation: str | None
 ) -> Callable[[], object]:
+    if dense.linear:
+        linear = nn.utils.skip_init(nn.Linear, dense.in_channels, dense.out_channels)
+        return _timed(target, dense, structure.build(linear, bias=True), activation)
     kind = len(dense.input_size) - 1
     padding, rest = dense.even_padding
     keeps_size = list(dense.padding) == same_padding(dense.kernel_size, dense.dilation)
@@ -122,6 +126,15 @@ def _build(
         # As the layers do that pad to the size that TensorFlow's "same" gives.
         steps["pad"] = _PADS[kind](tuple(rest), 0.0)
         steps.move_to_end("pad", last=False)
+    return _timed(target, dense, steps, activation)
+
+
+def _timed(
+    target: Target,
+    dense: ConvSpec,
+    steps: OrderedDict[str, nn.Module],
+    activation: str | None,
+) -> Callable[[], object]:
     if activation is not None:
         steps["activation"] = _ACTIVATIONS[activation]()
     net = nn.Sequential(steps)

@@ -33,11 +33,14 @@ def linear(walk: Walk, node: fx.Node) -> None:
     elif walk.tensor(weight) is None:
         walk.forget(node)
     else:
-        walk.ties.tie(walk.parameter(weight, 1), walk.read(source, last), walk.call(node))
+        reads = walk.read(source, last)
+        walk.ties.tie(walk.parameter(weight, 1), reads, walk.call(node))
         cells = walk.ties.open(shape(node)[last])
         walk.ties.tie(cells, walk.parameter(weight, 0), mix(0))
         _add_bias(walk, cells, bias)
         walk.put(node, Channels(last, cells))
+        if last == 1:
+            walk.calls.append(Call(node, *_linear_layer(walk, node, weight), reads, cells))
 
 
 def convolution(walk: Walk, node: fx.Node) -> None:
@@ -74,19 +77,43 @@ def _add_bias(walk: Walk, writes: Cells, bias: Any) -> None:
         walk.ties.tie(writes, walk.read(bias, 0), mix(1))
 
 
+def _linear_layer(walk: Walk, node: fx.Node, weight: fx.Node) -> tuple[str, ConvSpec | str]:
+    """The name of the module that a linear layer is, and its sizes, or what else it is."""
+    name = walk.caller(node)
+    owner, _, parameter = (walk.name(weight) or "").rpartition(".")
+    module = walk.modules.get(owner)
+    if parameter != "weight" or type(module) is not nn.Linear or walk.modules[name] is not module:
+        return name or node.name, "its weight is not that of a linear module"
+    if why := _elsewhere(walk, weight, module):
+        return name, why
+    return name, ConvSpec(
+        batch=shape(node)[0],
+        in_channels=module.in_features,
+        out_channels=module.out_features,
+        input_size=(),
+        kernel_size=(),
+        stride=(),
+        padding=(),
+        dilation=(),
+        groups=1,
+    )
+
+
 def _layer(walk: Walk, node: fx.Node, given: dict[str, Any]) -> tuple[str, ConvSpec | str]:
     """The name of the module that a convolution is, and its sizes, or what else it is."""
     name = walk.caller(node)
     owner, _, parameter = (walk.name(given["weight"]) or "").rpartition(".")
     if parameter != "weight" or not isinstance(walk.modules[owner], nn.modules.conv._ConvNd):
         return name or node.name, "its weight is not that of a convolution module"
-    readers = [
-        r for r in given["weight"].users if walk.modules[walk.caller(r)] is not walk.modules[owner]
-    ]
-    if readers:
-        return owner, f"its weight is read by {readers[0].name} too, outside the module"
+    if why := _elsewhere(walk, given["weight"], walk.modules[owner]):
+        return owner, why
     # A module of several names is known by the one that the forward pass uses.
     return name, _sizes(walk, node, name, given)
+
+
+def _elsewhere(walk: Walk, weight: fx.Node, module: nn.Module) -> str | None:
+    readers = [r for r in weight.users if walk.modules[walk.caller(r)] is not module]
+    return f"its weight is read by {readers[0].name} too, outside the module" if readers else None
 
 
 def _sizes(walk: Walk, node: fx.Node, name: str, given: dict[str, Any]) -> ConvSpec | str:

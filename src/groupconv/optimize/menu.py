@@ -98,6 +98,8 @@ def _grouped(
     conv: TracedConv, search: Search, free: tuple[bool, bool], round_to: int
 ) -> list[Candidate]:
     spec = conv.spec
+    if spec.linear:
+        return []
     given_in = None if free[0] and not tied(conv) else range(spec.in_channels)
     given_out = None if free[1] else range(spec.out_channels)
     candidates: list[Candidate] = []

@@ -63,7 +63,10 @@ class PairFit:
 
 
 def pair_shapes(spec: ConvSpec) -> list[Pair]:
-    """The pairs to consider for a dense layer, each of fewer MACs; of other layers none."""
+    """The pairs to consider for a dense layer, each of fewer MACs; of other layers none.
+
+    For a linear layer those of low rank.
+    """
     if spec.transposed or spec.groups > 1:
         return []
     taps = math.prod(spec.kernel_size)
@@ -78,7 +81,7 @@ def pair_shapes(spec: ConvSpec) -> list[Pair]:
             for groups in dividing
             if multiple == 1 or multiple * spec.in_channels <= spec.out_channels
         ]
-    else:
+    elif not spec.linear:
         middle = min(spec.in_channels, spec.out_channels)
         # With one middle channel per group the pair is but one grouped layer.
         legal = legal_groups(spec.in_channels, spec.out_channels)[1:]

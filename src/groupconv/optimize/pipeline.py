@@ -26,7 +26,7 @@ def optimize(
     budget: str | Sequence[str] = "2x",
     target: str = "eager",
     recover: str | Recovery = "none",
-    keep: Sequence[str] = KEEP,
+    keep: str | Sequence[str] = KEEP,
     out: str | Path | None = None,
     restart: bool = False,
     seed: int = 0,
@@ -54,8 +54,8 @@ def optimize(
         recover: "none"; "bn" re-estimates batch norm; with a time such as "10min" the result also
             learns from the original network, and from labels where data has any, for so long.
             More can be asked for with a :class:`Recovery`.
-        keep: names or patterns (``"layer4.*"``) of layers to leave as they are; "first" is the
-            first convolution, "last" one that makes the network's output.
+        keep: name or pattern (``"layer4.*"``) of layers to leave as they are, or several; "first"
+            is the first layer, "last" one that makes the network's output.
         out: folder for model.safetensors, plan.json, report.json and report.html.
         restart: whether to forget a run with other arguments that was interrupted there.
         seed: of every random choice.
@@ -86,9 +86,9 @@ def optimize(
     )
     check_round_to(round_to)
     source = Source(data, test, max_images, image_size, seed)
-    asked = {"budget": texts(budget), "keep": list(keep), "round_to": round_to}
+    asked = {"budget": texts(budget), "keep": texts(keep), "round_to": round_to}
     with started(model, source, options, out, asked, restart) as (job, finish):
-        plan, decisions = Planner(job, keep, round_to).plan(limits)
+        plan, decisions = Planner(job, texts(keep), round_to).plan(limits)
         result = finish(plan, decisions, job.folder)
         end(job)
     return result
@@ -100,7 +100,7 @@ def plan(
     *,
     budget: str | Sequence[str] = "2x",
     target: str = "eager",
-    keep: Sequence[str] = KEEP,
+    keep: str | Sequence[str] = KEEP,
     out: str | Path | None = None,
     restart: bool = False,
     seed: int = 0,
@@ -124,9 +124,9 @@ def plan(
     limits, options = parse_budgets(budget), Options(target, "none", batch_size, None, False)
     check_round_to(round_to)
     source = Source(data, test, max_images, image_size, seed)
-    asked = {"budget": texts(budget), "keep": list(keep), "round_to": round_to}
+    asked = {"budget": texts(budget), "keep": texts(keep), "round_to": round_to}
     with started(model, source, options, out, asked, restart) as (job, _):
-        made, _ = Planner(job, keep, round_to).plan(limits)
+        made, _ = Planner(job, texts(keep), round_to).plan(limits)
         if job.folder is not None and ranks.first():
             write_text(job.folder / PLAN, made.to_json())
         end(job)
@@ -165,7 +165,7 @@ def apply(
     options = Options(target, recover, batch_size, min_accuracy, baselines)
     source = Source(data, test, max_images, image_size, plan.seed)
     with started(model, source, options, out, {"plan": plan.to_json()}, restart) as (job, finish):
-        check(job.mapped, plan.layers)
+        check(model, job.mapped, plan.layers)
         # All processes take part in their moments.
         job.searches(name for name, settled in plan.layers.items() if searched(settled))
         layers = ranks.on_first(lambda: complete(job.mapped, plan.layers, job.searches))

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from groupconv import ranks
 from groupconv.errors import ArgumentError
+from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.budget import Budget
 from groupconv.optimize.choose import Decision, choose
 from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
+from groupconv.optimize.moments import EXACT
 from groupconv.optimize.plan import Plan
 from groupconv.optimize.settle import searched, settle
 from groupconv.optimize.structure import DENSE
@@ -19,8 +21,10 @@ from groupconv.optimize.trace import Trace, TracedConv
 
 log = logging.getLogger(__name__)
 
-# What `keep` calls the first convolution, and those that make the network's output.
+# What `keep` calls the first layer, and those that make the network's output.
 FIRST, LAST = "first", "last"
+# Of a linear layer's inputs and outputs the fewer number, at most.
+_WIDE = 2_048
 
 
 class Planner:
@@ -38,7 +42,7 @@ class Planner:
     def __init__(self, job: Job, keep: Sequence[str], round_to: int) -> None:
         self.job = job
         convs = _eligible(job.mapped, keep)
-        log.info("%d of %d convolutions can be changed", len(convs), len(job.mapped.convs))
+        log.info("%d of %d layers can be changed", len(convs), len(job.mapped.convs))
         with job.step("survey"):
             surveyed = menus_and_sensitivities(
                 job.mapped,
@@ -93,7 +97,7 @@ class Planner:
 
 
 def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
-    """Dense convolutions that can be replaced and that the user does not keep."""
+    """Dense layers that can be replaced and that the user does not keep."""
     names = [conv.name for conv in mapped.convs]
     special = {FIRST: names[:1], LAST: [c.name for c in mapped.convs if _makes_output(mapped, c)]}
     kept: set[str] = set()
@@ -101,7 +105,7 @@ def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
         found = special.get(pattern, fnmatch.filter(names, pattern))
         if not found and pattern not in special:
             raise ArgumentError(
-                f"keep={pattern!r} matches no convolution; they are {', '.join(names)}, and "
+                f"keep={pattern!r} matches no layer; they are {', '.join(names)}, and "
                 f"{FIRST!r} and {LAST!r} name the ends of the network"
             )
         kept.update(found)
@@ -110,9 +114,19 @@ def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
         for conv in mapped.convs
         if conv.spec.groups == 1
         and not conv.spec.transposed
-        and math.gcd(conv.spec.in_channels, conv.spec.out_channels) > 1
+        and (_narrow(conv.spec) if conv.spec.linear else _divides(conv.spec))
         and conv.name not in kept
     ]
+
+
+def _divides(spec: ConvSpec) -> bool:
+    return math.gcd(spec.in_channels, spec.out_channels) > 1
+
+
+def _narrow(spec: ConvSpec) -> bool:
+    """Whether the sums of a linear layer fit into memory, and its components are found in time."""
+    sizes = spec.in_channels, spec.out_channels
+    return max(sizes) <= EXACT and min(sizes) <= _WIDE
 
 
 def _makes_output(mapped: Trace, conv: TracedConv) -> bool:

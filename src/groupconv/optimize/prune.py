@@ -19,9 +19,9 @@ from torch.func import functional_call
 from groupconv.errors import ArgumentError
 from groupconv.optimize.cost import tensors_in
 from groupconv.optimize.fit import fit_groups
-from groupconv.optimize.moments import Sampling, Targets, group_moments
+from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments
 from groupconv.optimize.spaces import Axis, Member
-from groupconv.optimize.structure import layout
+from groupconv.optimize.structure import Layer, channels, layout
 from groupconv.optimize.trace import Trace, TracedConv
 
 _Conv = nn.modules.conv._ConvNd
@@ -173,10 +173,9 @@ def refit_pruned(
     kept: Mapping[int, Sequence[int]],
     sampling: Sampling,
 ) -> dict[str, float]:
-    """Fit every dense convolution that reads fewer channels in closed form, in place.
+    """Fit every dense layer that reads fewer channels in closed form, in place.
 
-    In forward order, on the pruned network's inputs against the original's outputs. Linear layers
-    keep their trained weights.
+    In forward order, on the pruned network's inputs against the original's outputs.
 
     Args:
         original, pruned: networks in evaluation mode, the latter from :func:`prune`.
@@ -194,8 +193,9 @@ def refit_pruned(
     targets = Targets(original, trace.convs, sampling)
     for conv in _refittable(trace, kept):
         module = pruned.get_submodule(conv.name)
-        assert isinstance(module, _Conv)
-        spec = replace(conv.spec, in_channels=module.in_channels, out_channels=module.out_channels)
+        assert isinstance(module, Layer)
+        reads, writes = channels(module)
+        spec = replace(conv.spec, in_channels=reads, out_channels=writes)
         parts = group_moments(
             pruned,
             (replace(conv, spec=spec), conv.name),
@@ -256,9 +256,13 @@ def _readers(model: nn.Module, trace: Trace) -> Iterator[Member]:
 
 
 def _refittable(trace: Trace, kept: Mapping[int, Sequence[int]]) -> Iterator[TracedConv]:
-    """The dense convolutions that read fewer channels, in the order in which they run."""
+    """The dense layers that read fewer channels, in the order in which they run.
+
+    But for linear layers whose sums would not fit into memory.
+    """
     for conv in trace.convs:
-        if conv.spec.groups == 1 and not kept.keys().isdisjoint(conv.inputs.spaces):
+        wide = conv.spec.linear and conv.spec.in_channels > EXACT
+        if conv.spec.groups == 1 and not wide and not kept.keys().isdisjoint(conv.inputs.spaces):
             yield conv
 
 
@@ -294,7 +298,7 @@ def _obstacles(model: nn.Module, trace: Trace) -> dict[int, str]:
         elif space.channels == 1:
             reasons[index] = "it is a single channel"
         elif index not in written:
-            reasons[index] = "no traced convolution writes it"
+            reasons[index] = "no traced layer writes it"
         elif index not in read:
             reasons[index] = "no dense layer reads it"
     return reasons

@@ -21,7 +21,7 @@ from groupconv.optimize.fit import fit_groups
 from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments, layer_moments
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.structure import Pair
+from groupconv.optimize.structure import Layer, Pair
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _refittable(net: nn.Module, placed: Placed) -> bool:
 def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, Tensor]:
     """Weight, bias and loss of a grouped convolution, from the moments of each group alone."""
     conv = net.get_submodule(placed.module)
-    assert isinstance(conv, nn.modules.conv._ConvNd)
+    assert isinstance(conv, Layer)
     # The inputs arrive in the new layer's order already; the outputs are the original's. Its
     # weights are still those of the original, cut.
     parts = group_moments(
@@ -98,7 +98,7 @@ def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, T
         (placed.conv, placed.module),
         targets.sampling,
         targets,
-        groups=conv.groups,
+        groups=getattr(conv, "groups", 1),
         outputs=placed.channels_out,
     )
     found = fit_groups(parts, conv.weight)
@@ -141,11 +141,11 @@ def _fit_pair(
 def _put(net: nn.Module, placed: Placed, edit: Edit | None, found: Mapping[str, Tensor]) -> None:
     """Set the weights of a structure, and its bias or the mean of the batch norm that follows."""
     last = net.get_submodule(placed.module)
-    assert isinstance(last, nn.modules.conv._ConvNd)
+    assert isinstance(last, Layer)
     last.weight.copy_(found["weight"])
     if "pointwise" in found:
         last = net.get_submodule(f"{placed.conv.name}.pointwise")
-        assert isinstance(last, nn.modules.conv._ConvNd)
+        assert isinstance(last, Layer)
         last.weight.copy_(found["pointwise"])
     if last.bias is not None:
         last.bias.copy_(found["bias"])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupconv.optimize.evaluate import outputs
@@ -19,7 +20,7 @@ from groupconv.optimize.menu import SWEEPS, Candidate
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.structure import DENSE, Pair
+from groupconv.optimize.structure import DENSE, Layer, Pair
 
 # Losses outside these change the output by too little to be measured, or leave nothing of it.
 _LEAST, _MOST = 1e-4, 0.5
@@ -89,7 +90,7 @@ class Trials:
 
     def _error(self, name: str, problem: Regression, candidate: Candidate) -> float:
         layer = self.model.get_submodule(name)
-        assert isinstance(layer, nn.modules.conv._ConvNd)
+        assert isinstance(layer, Layer)
         if candidate.partition is not None:
             weight = refitted(problem, layer.weight, candidate.partition)
         else:
@@ -150,11 +151,14 @@ def refitted(problem: Regression, weight: Tensor, partition: Partition) -> Tenso
 
 
 @contextmanager
-def _replaced(layer: nn.modules.conv._ConvNd, weight: Tensor) -> Iterator[None]:
+def _replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
     """Another weight for a while; the mean of every output stays as it was."""
 
     def swap(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        moved = layer._conv_forward(args[0], weight, layer.bias)
+        if isinstance(layer, nn.Linear):
+            moved = F.linear(args[0], weight, layer.bias)
+        else:
+            moved = layer._conv_forward(args[0], weight, layer.bias)
         off = (output - moved).mean([0, *range(2, output.ndim)], keepdim=True)
         return moved + off
 

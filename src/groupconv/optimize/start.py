@@ -1,6 +1,5 @@
 """How a run begins and ends: arguments checked, images at hand, the folder claimed."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from groupconv import ranks
 from groupconv.data import Images, load_images
@@ -20,14 +18,13 @@ from groupconv.optimize.finish import Finish
 from groupconv.optimize.job import Job
 from groupconv.optimize.planning import FIRST, LAST
 from groupconv.recovery import Recovery
+from groupconv.recovery.lessons import judged, with_images
 from groupconv.store import claimed, fingerprint
 from groupconv.targets import get_target
 from groupconv.version import __version__
 
 KEEP = (FIRST, LAST)
 _MOST_IMAGES = 1_000_000
-# Of the images to learn from, one in so many is judged by, at most so many.
-_JUDGED, _MOST_JUDGED = 10, 512
 
 
 @dataclass(frozen=True)
@@ -76,16 +73,6 @@ class Source:
             )
         return images, held_out
 
-    def recovery(self, recover: str | Recovery) -> Recovery:
-        """What is asked for, its images at hand."""
-        found = recover if isinstance(recover, Recovery) else Recovery(recover)
-        if found.train is None or isinstance(found.train, DataLoader):
-            return found
-        train = load_images(
-            found.train, limit=_MOST_IMAGES, image_size=self.image_size, seed=self.seed
-        )
-        return replace(found, train=train)
-
 
 @contextmanager
 def started(
@@ -104,8 +91,8 @@ def started(
     folder = None if out is None else output_folder(out)
     _check_weights(model)
     images, held_out = source.load()
-    recovery = source.recovery(options.recover)
-    images, recovery, judged = _judged(images, recovery, source.seed)
+    recovery = with_images(options.recover, source.image_size, source.seed)
+    images, recovery, aside = judged(images, recovery, source.seed)
     with ExitStack() as stack:
         if folder is not None:
             inputs = {
@@ -130,7 +117,7 @@ def started(
             batch_size=options.batch_size,
             folder=folder,
         )
-        finish = Finish(job, held_out, recovery, judged, options.min_accuracy, options.baselines)
+        finish = Finish(job, held_out, recovery, aside, options.min_accuracy, options.baselines)
         yield job, finish
 
 
@@ -145,29 +132,9 @@ def _described(images: Images) -> str:
     return f"{len(images)} images, {images.fingerprint()}"
 
 
-def texts(budget: str | Sequence[str]) -> list[str]:
-    return [budget] if isinstance(budget, str) else list(budget)
-
-
-def _judged(images: Images, recovery: Recovery, seed: int) -> tuple[Images, Recovery, Images]:
-    """Images that nothing is fitted to set aside, to judge by them what is learned.
-
-    Returns:
-        the calibration images and the recovery without them, and these.
-    """
-    if recovery.seconds is None:
-        return images, recovery, images
-    if isinstance(recovery.train, Images):
-        judged, train = _apart(recovery.train, seed)
-        return images, replace(recovery, train=train), judged
-    judged, images = _apart(images, seed)
-    return images, recovery, judged
-
-
-def _apart(images: Images, seed: int) -> tuple[Images, Images]:
-    # Shuffled: those of a folder are sorted by class.
-    count = min(math.ceil(len(images) / _JUDGED), _MOST_JUDGED)
-    return images.shuffled(seed).split(count)
+def texts(given: str | Sequence[str]) -> list[str]:
+    """One text or several, as several."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def check_round_to(round_to: int) -> None:

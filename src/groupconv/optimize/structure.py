@@ -1,5 +1,7 @@
 """What may stand in place of a dense convolution: a new structure is one small class here.
 
+A linear layer is a convolution on no axes; it has no groups, and of the pairs only the low rank.
+
 A structure says which convolutions it is made of, which gives its cost, and builds them. How the
 weights are found is in :mod:`~groupconv.optimize.fit` and :mod:`~groupconv.optimize.pair`.
 """
@@ -13,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupconv.errors import DataError
+from groupconv.errors import ArgumentError, DataError
 from groupconv.kernels.spec import ConvSpec, check_groups
 from groupconv.nn import ChannelShuffle
+
+# What a structure may stand in place of.
+Layer = nn.modules.conv._ConvNd | nn.Linear
+
+
+def channels(layer: Layer) -> tuple[int, int]:
+    """Input and output channels."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 @dataclass(frozen=True)
@@ -31,15 +43,17 @@ class Grouped:
     def __str__(self) -> str:
         return "dense" if self.groups == 1 else f"groups={self.groups}"
 
-    def check(self, where: str, in_channels: int, out_channels: int) -> None:
-        """Raise ArgumentError unless the structure can stand in place of such a layer."""
-        check_groups(where, in_channels, out_channels, self.groups)
+    def check(self, where: str, layer: Layer) -> None:
+        """Raise ArgumentError unless the structure can stand in place of a layer."""
+        if self.groups != 1:
+            _check_axes(where, layer, self)
+        check_groups(where, *channels(layer), self.groups)
 
     def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
         """Its convolutions in place of a dense one, in the order in which they run."""
         return (replace(dense, groups=self.groups),)
 
-    def build(self, conv: nn.modules.conv._ConvNd, bias: bool) -> OrderedDict[str, nn.Module]:
+    def build(self, conv: Layer, bias: bool) -> OrderedDict[str, nn.Module]:
         """Its modules, in their order, the weights zero.
 
         The convolution itself is cut, so that all else that a user set on it stays.
@@ -48,14 +62,15 @@ class Grouped:
             conv: the layer to replace.
             bias: whether there must be a bias.
         """
-        weight = conv.weight
-        size = (conv.out_channels, conv.in_channels // self.groups, *conv.kernel_size)
+        weight, (reads, writes) = conv.weight, channels(conv)
+        size = (writes, reads // self.groups, *weight.shape[2:])
         fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
         fresh = fresh.contiguous(memory_format=layout(weight))
-        conv.groups = self.groups
+        if not isinstance(conv, nn.Linear):
+            conv.groups = self.groups
         conv.weight = nn.Parameter(fresh, weight.requires_grad)
         if bias and conv.bias is None:
-            zeros = torch.zeros(conv.out_channels, dtype=weight.dtype, device=weight.device)
+            zeros = torch.zeros(writes, dtype=weight.dtype, device=weight.device)
             conv.bias = nn.Parameter(zeros, weight.requires_grad)
         return OrderedDict(conv=conv)
 
@@ -86,10 +101,13 @@ class Pair:
         first = f"groups={self.groups} to {self.middle} channels{shuffled}"
         return f"{first} + pointwise groups={self.pointwise_groups}"
 
-    def check(self, where: str, in_channels: int, out_channels: int) -> None:
-        """Raise ArgumentError unless the structure can stand in place of such a layer."""
-        check_groups(f"{where}: first of the pair", in_channels, self.middle, self.groups)
-        check_groups(f"{where}: second of it", self.middle, out_channels, self.pointwise_groups)
+    def check(self, where: str, layer: Layer) -> None:
+        """Raise ArgumentError unless the structure can stand in place of a layer."""
+        reads, writes = channels(layer)
+        if self.groups != 1 or self.pointwise_groups != 1:
+            _check_axes(where, layer, self)
+        check_groups(f"{where}: first of the pair", reads, self.middle, self.groups)
+        check_groups(f"{where}: second of it", self.middle, writes, self.pointwise_groups)
 
     def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
         """Its convolutions in place of a dense one, in the order in which they run."""
@@ -113,23 +131,29 @@ class Pair:
         plain = torch.arange(self.middle)
         return plain.reshape(self.groups, -1).T.flatten() if self.shuffle else plain
 
-    def build(self, conv: nn.modules.conv._ConvNd, bias: bool) -> OrderedDict[str, nn.Module]:
+    def build(self, conv: Layer, bias: bool) -> OrderedDict[str, nn.Module]:
         """Its modules, in their order, the weights zero.
 
         Args:
             conv: the layer to replace.
             bias: whether there must be a bias.
         """
-        kind: Any = type(conv)
-        on = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        first = kind(
-            conv.in_channels, self.middle, conv.kernel_size, conv.stride, conv.padding,
-            conv.dilation, self.groups, False, conv.padding_mode, **on,
-        )  # fmt: skip
-        second = kind(
-            self.middle, conv.out_channels, 1, groups=self.pointwise_groups,
-            bias=bias or conv.bias is not None, **on,
-        )  # fmt: skip
+        on: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        bias = bias or conv.bias is not None
+        first: nn.Module
+        second: nn.Module
+        if isinstance(conv, nn.Linear):
+            first = nn.Linear(conv.in_features, self.middle, bias=False, **on)
+            second = nn.Linear(self.middle, conv.out_features, bias, **on)
+        else:
+            kind: Any = type(conv)
+            first = kind(
+                conv.in_channels, self.middle, conv.kernel_size, conv.stride, conv.padding,
+                conv.dilation, self.groups, False, conv.padding_mode, **on,
+            )  # fmt: skip
+            second = kind(
+                self.middle, conv.out_channels, 1, groups=self.pointwise_groups, bias=bias, **on
+            )
         steps: OrderedDict[str, nn.Module] = OrderedDict(conv=first)
         if self.shuffle:
             steps["shuffle"] = ChannelShuffle(self.groups)
@@ -139,6 +163,14 @@ class Pair:
             nn.init.zeros_(parameter)
             parameter.requires_grad_(conv.weight.requires_grad)
         return steps
+
+
+def _check_axes(where: str, layer: Layer, structure: "Structure") -> None:
+    if isinstance(layer, nn.Linear):
+        raise ArgumentError(
+            f"{where}: {structure} can't stand in place of a linear layer; a low rank can: a pair "
+            "with groups=1 and pointwise_groups=1"
+        )
 
 
 def layout(weight: Tensor) -> torch.memory_format:

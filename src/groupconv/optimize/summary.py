@@ -96,6 +96,7 @@ def summarize(
         "agreement": quality.agreement,
         "agreement_before_recovery": fitted.agreement,
         "output_error": quality.output_error,
+        "psnr": quality.psnr,
         "test_images": quality.images,
         "latency": _pair(latency[0].median, latency[1].median),
         "latency_spread": _pair(asdict(latency[0]), asdict(latency[1])),

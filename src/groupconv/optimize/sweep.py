@@ -29,7 +29,7 @@ def sweep(
     budgets: Sequence[str],
     target: str = "eager",
     recover: str | Recovery = "none",
-    keep: Sequence[str] = KEEP,
+    keep: str | Sequence[str] = KEEP,
     out: str | Path | None = None,
     restart: bool = False,
     seed: int = 0,
@@ -74,7 +74,7 @@ def sweep(
             data,
             target=target,
             recover=recover,
-            keep=keep,
+            keep=texts(keep),
             seed=seed,
             test=test,
             batch_size=batch_size,
@@ -85,9 +85,9 @@ def sweep(
         )
         return _joined(model, budgets, out, restart, alone)
     source = Source(data, test, max_images, image_size, seed)
-    asked = {"budgets": [texts(b) for b in budgets], "keep": list(keep), "round_to": round_to}
+    asked = {"budgets": [texts(b) for b in budgets], "keep": texts(keep), "round_to": round_to}
     with started(model, source, options, out, asked, restart) as (job, finish):
-        planner = Planner(job, keep, round_to)
+        planner = Planner(job, texts(keep), round_to)
         results = []
         for text, each in zip(budgets, limits, strict=True):
             folder = None if job.folder is None else output_folder(job.folder / text)

@@ -1,4 +1,4 @@
-"""The convolutions of a model and how their channels are tied together.
+"""The convolutions and linear layers of a model and how their channels are tied together.
 
 :mod:`~groupconv.optimize.capture` gives the graphs, :mod:`~groupconv.optimize.rules` says what each
 operator does to the channels, and :mod:`~groupconv.optimize.ties` finds which of them may change
@@ -23,7 +23,7 @@ from groupconv.optimize.walk import Call, Walk, operator
 
 @dataclass(frozen=True)
 class TracedConv:
-    """A convolution module that runs once per forward pass.
+    """A convolution module that runs once per forward pass, or a linear one of inputs ``(N, C)``.
 
     Args:
         name: qualified name of the module.
@@ -43,13 +43,13 @@ class TracedConv:
 
 @dataclass(frozen=True)
 class Trace:
-    """Convolutions as they run, how channels are tied, and what was left out.
+    """Layers as they run, how channels are tied, and what was left out.
 
     Args:
         convs: in the order in which they run.
         spaces: of interchangeable channels.
         members: every axis of a parameter that channels run along.
-        skipped: name to why a convolution, or a part of the model, is left as it is.
+        skipped: name to why a layer, or a part of the model, is left as it is.
     """
 
     convs: tuple[TracedConv, ...]

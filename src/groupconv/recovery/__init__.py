@@ -2,5 +2,6 @@
 
 from groupconv.recovery.features import Feature
 from groupconv.recovery.options import Loss, Recovery
+from groupconv.recovery.recover import recover
 
-__all__ = ["Feature", "Loss", "Recovery"]
+__all__ = ["Feature", "Loss", "Recovery", "recover"]

@@ -181,6 +181,7 @@ class School:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         taps = self._taps(student, apart=apart)
+        layout = self._layout(student)
         moved = self.options.augment
         moved = bool(self.classes) and self.options.loss is None if moved is None else moved
 
@@ -189,6 +190,8 @@ class School:
         ) -> Tensor:
             if moved and images.ndim == 4:
                 images = augment(images, generator)
+            if images.ndim == 4:
+                images = images.contiguous(memory_format=layout)
             with taps.open():
                 if apart:
                     with torch.no_grad():
@@ -214,6 +217,24 @@ class School:
         log.info("%s: %d steps, loss %.4f -> %.4f", name, learned.steps, learned.before,
                  learned.after)  # fmt: skip
         return {"stage": name, **asdict(learned), "seconds": time.perf_counter() - start}
+
+    def _layout(self, student: nn.Module) -> torch.memory_format:
+        """Channels last, in which convolutions learn faster, unless a network asks for others.
+
+        A forward pass that calls ``view`` may not take it.
+        """
+        sample = self.held_out.images[:2].to(next(self.teacher.parameters()).device)
+        if sample.ndim != 4:
+            return torch.contiguous_format
+        sample = sample.contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.no_grad():
+                for net in (self.teacher, student):
+                    net(sample)
+        except RuntimeError as error:
+            log.info("channels are not last in memory: %s", error)
+            return torch.contiguous_format
+        return torch.channels_last
 
     def _taps(self, student: nn.Module, *, apart: bool) -> Taps:
         # A loss of the user's is all that counts when the whole network learns.

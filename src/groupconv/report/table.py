@@ -25,6 +25,8 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if report["agreement"] is not None:
         rows.append(("same class as original", "100%", f"{100 * report['agreement']:.2f}%", ""))
     rows.append(("relative output error", "0", f"{report['output_error']:.4f}", ""))
+    if report["psnr"] is not None:
+        rows.append(("likeness of the images (PSNR)", "", f"{report['psnr']:.1f} dB", ""))
     for what, key, scale, unit in (
         ("parameters", "params", 1e6, "M"),
         ("MACs per image", "macs", 1e6, "M"),

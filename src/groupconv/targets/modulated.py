@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _aten = torch.ops.aten
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default}
@@ -311,6 +310,9 @@ def _value(argument: Any) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
+    # Imported here: it brings SymPy, which takes seconds, and every command reads this module.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return statically_known_true(a == b)
 
 
