@@ -108,7 +108,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "layers": {
             layer["name"]: layer["structure"]
             for layer in report["layers"]
-            if layer["structure"] != "dense"
+            if layer["structure"] != layer["was"]
         },
         "agreement": report["agreement"],
         "output_error": report["output_error"],

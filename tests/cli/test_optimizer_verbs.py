@@ -188,7 +188,7 @@ def test_a_floor_above_the_original_does_not_hold(run: Run) -> None:
     report = one_object(out)
     assert report["macs"]["after"] == report["macs"]["before"]
     assert status == 1
-    assert "min_accuracy=0.5: does not hold, even dense: the accuracy is 0.0000" in err
+    assert "min_accuracy=0.5: does not hold, even unchanged: the accuracy is 0.0000" in err
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_names_that_cannot_be_converted() -> None:
     for name, reason in (
         ("nowhere", "'nowhere' can't be converted: no such layer"),
         ("fc", "fc: groups=2 can't stand in place of a linear layer"),
-        ("depthwise", "'depthwise' already has groups=12"),
+        ("depthwise", "'depthwise' is depthwise already, groups=12"),
     ):
         with pytest.raises(DataError, match=reason):
             convert(model, mapped, {name: Partition.identity(2, 12, 12)})
@@ -292,7 +292,7 @@ def test_every_illegal_layer_is_named_at_once() -> None:
         "expand: in_channels=8 not divisible by groups=3",
         "layer 'nowhere' can't be converted: no such layer",
         "project: first of the pair: ",
-        "layer 'depthwise' already has groups=12",
+        "layer 'depthwise' is depthwise already, groups=12",
         "merge: 8 input and 8 output channels listed; the layer has 12 and 8",
     ):
         assert fault in told

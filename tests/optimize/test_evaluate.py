@@ -94,10 +94,11 @@ def test_every_batch_in_order() -> None:
     images = torch.arange(300.0).reshape(300, 1, 1, 1)
     results = outputs(Fixed(remember), images)
     assert torch.equal(results, images)
-    assert (sum(seen), max(seen)) == (300, 128)
+    # The first image alone, to see how large the outputs are.
+    assert seen == [1, 128, 128, 44]
     seen.clear()
     outputs(Fixed(remember), torch.zeros(4, 1, 2048, 2048))
-    assert seen == [1, 2, 1]
+    assert seen == [1, 2, 2]
     assert results.dtype == torch.float32
 
 

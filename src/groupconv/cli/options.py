@@ -65,8 +65,8 @@ Train = Annotated[
 MinAccuracy = Annotated[
     float | None,
     typer.Option(
-        help="0 to 1: layers become dense again, the costliest first, until the accuracy (without "
-        "labels, the agreement with the original) is at least this."
+        help="0 to 1: layers become what they were, the costliest first, until the accuracy "
+        "(without labels, the agreement with the original) is at least this."
     ),
 ]
 Baselines = Annotated[

@@ -42,7 +42,7 @@ def check_floor(report: Mapping[str, Any], min_accuracy: float | None) -> None:
     if score is None or score < min_accuracy:
         found = "can't be told of such an output" if score is None else f"{score:.4f}"
         raise BudgetError(
-            f"min_accuracy={min_accuracy}: does not hold, even dense: the accuracy is {found}"
+            f"min_accuracy={min_accuracy}: does not hold, even unchanged: the accuracy is {found}"
         )
 
 

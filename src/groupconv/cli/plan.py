@@ -15,7 +15,7 @@ from groupconv.data import load_images
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.convert import structure_of
 from groupconv.optimize.plan import PLAN
-from groupconv.optimize.structure import DENSE, macs
+from groupconv.optimize.structure import macs, unchanged
 from groupconv.optimize.trace import trace
 
 
@@ -71,10 +71,12 @@ def _table(net: nn.Module, made: groupconv.Plan, layers: Mapping[str, ConvSpec])
     table.add_column("structure", overflow="fold")
     table.add_column("MACs, M", justify="right", no_wrap=True)
     table.add_column("why", ratio=1)
-    for name, dense in layers.items():
+    for name, layer in layers.items():
         if name in made.reasons:
-            structure = structure_of(made.layers.get(name, DENSE))
-            before, after = (macs(s, dense) / 1e6 for s in (DENSE, structure))
-            change = f"{before:,.2f}" if structure == DENSE else f"{before:,.2f} -> {after:,.2f}"
+            as_it_was = unchanged(layer)
+            structure = structure_of(made.layers.get(name, as_it_was))
+            before, after = (macs(s, layer) / 1e6 for s in (as_it_was, structure))
+            kept = structure == as_it_was
+            change = f"{before:,.2f}" if kept else f"{before:,.2f} -> {after:,.2f}"
             table.add_row(name, str(structure), change, made.reasons[name])
     return table

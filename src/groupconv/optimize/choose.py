@@ -17,7 +17,7 @@ from groupconv.optimize.convert import convert
 from groupconv.optimize.menu import Candidate
 from groupconv.optimize.select import Bound, select
 from groupconv.optimize.settle import sketch
-from groupconv.optimize.structure import DENSE, Layer, macs, weights
+from groupconv.optimize.structure import Layer, macs, weights
 from groupconv.optimize.survey import Survey
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.timing import Timing
@@ -42,7 +42,7 @@ class Decision:
 
     Args:
         candidate: of the layer's menu.
-        seconds: measured, dense and as chosen.
+        seconds: measured, as it is and as chosen.
         error: predicted error of the network's output, see :class:`Sensitivity`.
         why: for people.
     """
@@ -58,7 +58,7 @@ class Choice:
     """What stands in place of every layer.
 
     Args:
-        decisions: layer name to what was decided, dense layers too.
+        decisions: layer name to what was decided, of unchanged layers too.
         latency: predicted, as a share of the original network's; None where the budget is not
             about time, or nothing is changed.
     """
@@ -110,7 +110,7 @@ def choose(
         rest[q] + sum(min(costs[q][n][i] for i in allowed[n]) for n in allowed) > most[q]
         for q in needs.keys() - {"latency"}
     ):
-        log.warning("the budget needs layers that measure slower than dense")
+        log.warning("the budget needs layers that measure slower than they are")
         allowed, refused = {name: list(range(len(menu))) for name, menu in survey.menus.items()}, {}
     bounds = {
         quantity: Bound(
@@ -124,7 +124,7 @@ def choose(
 
     def measure(decisions: dict[str, Decision]) -> tuple[float, float]:
         chosen = {name: decision.candidate for name, decision in decisions.items()}
-        name = " ".join(f"{n}:{c}" for n, c in chosen.items() if c.structure != DENSE)
+        name = " ".join(f"{n}:{c}" for n, c in chosen.items() if survey.changes(n, c))
         changed = convert(model, mapped, sketch(mapped, chosen)).model
         before, after = latency(changed, name or "unchanged")
         return before.median, after.median
@@ -178,7 +178,8 @@ class _Program:
             index, times = self.allowed[name][place], self.survey.times[name]
             candidate = self.survey.menus[name][index]
             seconds, error = (times[0], times[index]), self.survey.error(name, index)
-            why = _why(candidate, seconds, error, self.refused.get(name))
+            changed = self.survey.changes(name, candidate)
+            why = _why(candidate, changed, seconds, error, self.refused.get(name))
             decisions[name] = Decision(candidate, seconds, error, why)
         return decisions
 
@@ -211,7 +212,7 @@ def _in_time(
     decisions = decide(scale)
     seen: list[dict[str, Decision]] = []
     while decisions not in seen and len(seen) < _SOLVES:
-        changed = [d for d in decisions.values() if d.candidate.structure != DENSE]
+        changed = [n for n, d in decisions.items() if program.survey.changes(n, d.candidate)]
         if not changed:
             return best or Choice(decisions)
         before, after = measure(decisions)
@@ -277,13 +278,15 @@ def _costs(
             result[name] = [float(macs(c.structure, conv.spec)) for c in menu]
         else:
             each = layer.weight.element_size() if quantity == "size" else 1
-            result[name] = [float(each * _numbers(c, conv, layer)) for c in menu]
+            result[name] = [
+                float(each * _numbers(c, conv, layer, survey.changes(name, c))) for c in menu
+            ]
     return result
 
 
-def _numbers(candidate: Candidate, conv: TracedConv, layer: Layer) -> int:
+def _numbers(candidate: Candidate, conv: TracedConv, layer: Layer, changed: bool) -> int:
     """Weights and biases; what is cut needs a bias where no batch norm can take its mean."""
-    biased = layer.bias is not None or (candidate.structure != DENSE and conv.batch_norm is None)
+    biased = layer.bias is not None or (changed and conv.batch_norm is None)
     return weights(candidate.structure, conv.spec) + biased * conv.spec.out_channels
 
 
@@ -294,23 +297,31 @@ def _loss(survey: Survey, name: str, index: int) -> float:
 
 
 def _not_slower(survey: Survey) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Indices of the candidates that measure faster than dense, and what was refused."""
+    """Indices of the candidates that measure faster than the layer, and what was refused."""
     allowed, refused = {}, {}
     for name, menu in survey.menus.items():
         times = survey.times[name]
         slower = [i for i in range(1, len(menu)) if times[i] >= times[0]]
         allowed[name] = [i for i in range(len(menu)) if i not in slower]
         if slower:
-            refused[name] = "not faster than dense: " + ", ".join(
+            refused[name] = f"not faster than {menu[0]}: " + ", ".join(
                 f"{menu[i]} {1e3 * times[i]:.3f} ms" for i in slower
             )
     return allowed, refused
 
 
-def _why(choice: Candidate, seconds: tuple[float, float], error: float, refused: str | None) -> str:
+def _why(
+    choice: Candidate,
+    changed: bool,
+    seconds: tuple[float, float],
+    error: float,
+    refused: str | None,
+) -> str:
     before, after = (1e3 * t for t in seconds)
-    if choice.structure == DENSE:
-        said = f"dense, {before:.3f} ms: within the budget its accuracy is worth more than its time"
+    if not changed:
+        said = (
+            f"{choice}, {before:.3f} ms: within the budget its accuracy is worth more than its time"
+        )
     else:
         said = (
             f"{choice}: {after:.3f} ms instead of {before:.3f} ms, predicted loss "
@@ -321,7 +332,7 @@ def _why(choice: Candidate, seconds: tuple[float, float], error: float, refused:
                 "in given order" if choice.start == "identity" else f"found from {choice.start}"
             )
     if after > before:
-        said += "; slower than dense, but the budget needs it"
+        said += "; slower than before, but the budget needs it"
     return said if refused is None else f"{said}; {refused}"
 
 

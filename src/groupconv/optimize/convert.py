@@ -20,7 +20,14 @@ from groupconv.nn import ChannelPermutation
 from groupconv.optimize.fold import reorder
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
-from groupconv.optimize.structure import Grouped, Layer, Structure, from_dict, to_dict
+from groupconv.optimize.structure import (
+    Grouped,
+    Layer,
+    Structure,
+    dense_weight,
+    from_dict,
+    to_dict,
+)
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.recovery import Feature
 
@@ -129,8 +136,8 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
         layers: layer name to what stands there; earlier entries claim the order of a space first.
 
     Raises:
-        DataError: names that are not traced dense convolutions, or structures that do not divide
-            their channels.
+        DataError: names that are not traced convolutions, or depthwise ones, or structures that
+            do not divide their channels.
     """
     check(model, trace, layers)
     convs = {conv.name: conv for conv in trace.convs}
@@ -158,17 +165,17 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
             if not absorbed_out:
                 channels_out = partition.out_order
                 order_out = _positions(channels_out, after)
-        dense = model.get_submodule(conv.name)
-        assert isinstance(dense, Layer)
+        layer = model.get_submodule(conv.name)
+        assert isinstance(layer, Layer)
         # Without a batch norm to take it, the refit needs a bias for the mean of what is lost.
-        bias = dense.bias is not None or conv.batch_norm is None
+        bias = layer.bias is not None or conv.batch_norm is None
         edit = Edit(structure_of(layers[conv.name]), bias, order_in, order_out)
         edits[conv.name] = edit
         apply_edits(net, {conv.name: edit})
         split = isinstance(net.get_submodule(conv.name), nn.Sequential)
         where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out)
         if isinstance(edit.structure, Grouped):
-            _cut(dense, net.get_submodule(where.module), where, edit.structure.groups)
+            _cut(layer, net.get_submodule(where.module), where, edit.structure.groups)
         placed.append(where)
     return Converted(net, edits, tuple(placed))
 
@@ -188,8 +195,8 @@ def check(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> None
             wrong.append(f"layer {name!r} can't be converted: {reason}")
             continue
         spec = convs[name].spec
-        if spec.groups != 1:
-            wrong.append(f"layer {name!r} already has groups={spec.groups}")
+        if 1 < spec.groups == spec.in_channels:
+            wrong.append(f"layer {name!r} is depthwise already, groups={spec.groups}")
             continue
         try:
             layer = model.get_submodule(name)
@@ -244,16 +251,17 @@ def apply_edits(model: nn.Module, edits: Mapping[str, Edit]) -> None:
         model.set_submodule(name, new)
 
 
-def _cut(dense: Layer, conv: nn.Module, where: Placed, groups: int) -> None:
-    """Copy the blocks of the dense weight that the groups keep."""
+def _cut(layer: Layer, conv: nn.Module, where: Placed, groups: int) -> None:
+    """Copy the blocks of the layer's weight that the groups keep."""
     assert isinstance(conv, Layer)
-    device = dense.weight.device
+    dense = dense_weight(layer)
+    device = dense.device
     rows = torch.tensor(where.channels_out, device=device)
     columns = torch.tensor(where.channels_in, device=device)
-    blocks = zip(dense.weight[rows].chunk(groups, 0), columns.chunk(groups), strict=True)
+    blocks = zip(dense[rows].chunk(groups, 0), columns.chunk(groups), strict=True)
     conv.weight.copy_(torch.cat([block[:, inputs] for block, inputs in blocks]))
     if conv.bias is not None:
-        conv.bias.copy_(dense.bias[rows]) if dense.bias is not None else conv.bias.zero_()
+        conv.bias.copy_(layer.bias[rows]) if layer.bias is not None else conv.bias.zero_()
 
 
 def _positions(have: tuple[int, ...], want: tuple[int, ...]) -> tuple[int, ...]:

@@ -47,14 +47,11 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
         DataError: the network does not accept the images, or does not give tensors.
     """
     device = next(model.parameters()).device
-    # One image tells how large the outputs are.
+    # One image tells how large the outputs are. It runs again with the others: a batch of its own
+    # would have a mean of its own, which trials correct batch by batch.
     first = run(model, images[:1].to(device))
     size = max(1, min(_BATCH, _PIXELS // largest_map(images, first)))
-    results = [first.float().cpu()]
-    for start in range(1, len(images), size):
-        out = run(model, images[start : start + size].to(device))
-        results.append(out.float().cpu())
-    return torch.cat(results)
+    return torch.cat([run(model, part.to(device)).float().cpu() for part in images.split(size)])
 
 
 def run(model: nn.Module, batch: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
 from groupconv.optimize.plan import Plan, save_weights
 from groupconv.optimize.refit import refit
-from groupconv.optimize.structure import DENSE
+from groupconv.optimize.structure import unchanged
 from groupconv.optimize.summary import LayerRow, summarize, write_report
 from groupconv.recovery import Recovery
 from groupconv.recovery.lessons import batch_size
@@ -105,8 +105,8 @@ class Finish:
             if self.min_accuracy is None or not plan.layers or (score or 0) >= self.min_accuracy:
                 break
             worst = max(plan.layers, key=lambda name: _cost(name, decisions, losses))
-            log.info("%.2f%% is below the floor: %s is dense again", 100 * (score or 0), worst)
-            why = f"dense: without it the accuracy was {score:.4f}, the floor {self.min_accuracy}"
+            log.info("%.2f%% is below the floor: %s is as it was", 100 * (score or 0), worst)
+            why = f"kept: without it the accuracy was {score:.4f}, the floor {self.min_accuracy}"
             reasons[worst] = why
             plan = replace(
                 plan,
@@ -190,7 +190,10 @@ class Finish:
         """The layers of the report: all that were decided on, or those of the plan."""
         job, edits = self.job, converted.edits
         convs = [c for c in job.mapped.convs if c.name in decisions or c.name in plan.layers]
-        structures = {conv.name: structure_of(plan.layers.get(conv.name, DENSE)) for conv in convs}
+        structures = {
+            conv.name: structure_of(plan.layers.get(conv.name, unchanged(conv.spec)))
+            for conv in convs
+        }
         permuted = {
             name: (edit.order_in is not None, edit.order_out is not None)
             for name, edit in edits.items()
@@ -200,7 +203,7 @@ class Finish:
             conv.name: (
                 conv,
                 [
-                    (DENSE, False, False),
+                    (unchanged(conv.spec), False, False),
                     (structures[conv.name], *permuted.get(conv.name, (False, False))),
                 ],
             )

@@ -1,4 +1,4 @@
-"""Measured time of every candidate of a layer, against the dense layer in the same run.
+"""Measured time of every candidate of a layer, against the layer in the same run.
 
 A candidate is timed as it runs in the network: with the activation that follows it, which most
 runtimes make a part of its last convolution, and after as many bytes have passed through the caches

@@ -67,8 +67,8 @@ def optimize(
         round_to: channels per group, and between two convolutions that stand in place of one, are
             multiples of it; depthwise convolutions are exempt.
         min_accuracy: top-1 accuracy on the test images, 0 to 1 (without labels, the share of them
-            whose class stays), below which the costliest layer is left dense after all, until it
-            holds; the budget may then not.
+            whose class stays), below which the costliest layer is left as it was, until it holds;
+            the budget may then not.
         baselines: whether to report, beside the result, what plain cutting, random groups and
             channel pruning at equal time give on the same images.
 

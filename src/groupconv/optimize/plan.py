@@ -29,7 +29,7 @@ class Plan:
     Args:
         layers: name of the layer to what stands in its place, in the order in which they claim
             the order of the channels between layers.
-        reasons: name of the layer to why it is as it is, dense ones too.
+        reasons: name of the layer to why it is as it is, unchanged ones too.
         budget, target, seed: what the plan was made for.
         latency: predicted, as a share of the original network's, or None.
     """

@@ -15,7 +15,6 @@ from groupconv.optimize.latency import layer_times
 from groupconv.optimize.moments import EXACT
 from groupconv.optimize.plan import Plan
 from groupconv.optimize.settle import searched, settle
-from groupconv.optimize.structure import DENSE
 from groupconv.optimize.survey import Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, TracedConv
 
@@ -85,7 +84,7 @@ class Planner:
             slopes = {
                 name: self.survey.sensitivities[name].slope(candidate.loss)
                 for name, candidate in chosen.items()
-                if candidate.structure != DENSE
+                if self.survey.changes(name, candidate)
             }
             # All processes take part in their moments.
             job.searches(name for name, c in chosen.items() if searched(c.structure))
@@ -97,7 +96,7 @@ class Planner:
 
 
 def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
-    """Dense layers that can be replaced and that the user does not keep."""
+    """Layers that can be replaced and that the user does not keep."""
     names = [conv.name for conv in mapped.convs]
     special = {FIRST: names[:1], LAST: [c.name for c in mapped.convs if _makes_output(mapped, c)]}
     kept: set[str] = set()
@@ -112,15 +111,15 @@ def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
     return [
         conv
         for conv in mapped.convs
-        if conv.spec.groups == 1
-        and not conv.spec.transposed
+        if not conv.spec.transposed
         and (_narrow(conv.spec) if conv.spec.linear else _divides(conv.spec))
         and conv.name not in kept
     ]
 
 
 def _divides(spec: ConvSpec) -> bool:
-    return math.gcd(spec.in_channels, spec.out_channels) > 1
+    """Whether a convolution could have another number of groups; not so a depthwise one."""
+    return math.gcd(spec.in_channels, spec.out_channels) > 1 and spec.groups < spec.in_channels
 
 
 def _narrow(spec: ConvSpec) -> bool:

@@ -21,7 +21,7 @@ from groupconv.optimize.fit import fit_groups
 from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments, layer_moments
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.structure import Layer, Pair
+from groupconv.optimize.structure import Layer, Pair, dense_weight
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -114,17 +114,18 @@ def _fit_pair(
     importance: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Weights, bias and loss of a pair, from the moments of the whole layer."""
-    layer = (placed.conv, placed.module)
-    (moments,) = layer_moments(net, [layer], targets.sampling, targets)
+    at = [(placed.conv, placed.module)]
+    (moments,) = layer_moments(net, at, targets.sampling, targets)
     assert isinstance(moments, Moments), "a pair is not offered for a layer so wide"
     rows, columns = torch.tensor(placed.channels_out), torch.tensor(placed.channels_in)
     # Its inputs arrive in their new order, those of the original stand in the old one.
     moments = replace(
         moments, mean_y=moments.mean_y[rows], yu=moments.yu[rows], yy=moments.yy[rows]
     )
-    dense = original.get_submodule(placed.conv.name).weight
-    assert isinstance(dense, Tensor)
-    trained = dense.detach().cpu()[rows][:, columns]
+    layer = original.get_submodule(placed.conv.name)
+    assert isinstance(layer, Layer)
+    dense = dense_weight(layer)
+    trained = dense.cpu()[rows][:, columns]
     counts = importance.get(placed.conv.name, torch.ones(len(rows), dtype=torch.float64))[rows]
     fitted = fit_pair(Regression.of(moments, trained, counts), pair, sweeps=_SWEEPS)
     root = counts.sqrt()[:, None]

@@ -5,6 +5,7 @@ network's output is compared with what it was. Two of a kind, a gentle and a har
 error of the output as a power of the layer's loss; the others of that kind are read off the curve.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groupconv.optimize.evaluate import outputs
@@ -20,7 +20,7 @@ from groupconv.optimize.menu import SWEEPS, Candidate
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.structure import DENSE, Layer, Pair
+from groupconv.optimize.structure import DENSE, Layer, Pair, dense_weight
 
 # Losses outside these change the output by too little to be measured, or leave nothing of it.
 _LEAST, _MOST = 1e-4, 0.5
@@ -72,7 +72,7 @@ class Trials:
         Args:
             name: of the layer.
             problem: its regression.
-            candidates: of one kind, from its menu; the dense layer is passed over.
+            candidates: of one kind, from its menu; what loses nothing is passed over.
         """
         found = [
             (candidate.loss, self._error(name, problem, candidate))
@@ -91,14 +91,15 @@ class Trials:
     def _error(self, name: str, problem: Regression, candidate: Candidate) -> float:
         layer = self.model.get_submodule(name)
         assert isinstance(layer, Layer)
+        dense = dense_weight(layer)
         if candidate.partition is not None:
-            weight = refitted(problem, layer.weight, candidate.partition)
+            weight = refitted(problem, dense, candidate.partition)
         else:
             assert isinstance(candidate.structure, Pair)
             weight = fit_pair(problem, candidate.structure, sweeps=SWEEPS).dense()
             if name in self.importance:
                 weight = weight / self.importance[name].sqrt()[:, None]
-            weight = weight.reshape(layer.weight.shape)
+            weight = weight.reshape(dense.shape)
         with _replaced(layer, weight.to(layer.weight)):
             moved = outputs(self.model, self.images)
         return max(float((moved - self.exact).square().sum()) / self.spread, 1e-12)
@@ -110,7 +111,7 @@ def _loss(candidate: Candidate) -> float:
 
 def _ends(candidates: Sequence[Candidate]) -> list[Candidate]:
     """What to try: the gentlest and the harshest, if they differ, or one."""
-    cuts = [c for c in candidates if c.structure != DENSE and c.loss > 0]
+    cuts = [c for c in candidates if c.loss > 0]
     within = [c for c in cuts if _LEAST <= c.loss <= _MOST]
     if not within:
         # The nearest: of those above the gentlest, or else of those below the harshest.
@@ -152,13 +153,14 @@ def refitted(problem: Regression, weight: Tensor, partition: Partition) -> Tenso
 
 @contextmanager
 def _replaced(layer: Layer, weight: Tensor) -> Iterator[None]:
-    """Another weight for a while; the mean of every output stays as it was."""
+    """Another dense weight for a while; the mean of every output stays as it was."""
+    other = copy.deepcopy(layer)
+    DENSE.build(other, bias=False)
+    other.weight = nn.Parameter(weight, requires_grad=False)
 
     def swap(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if isinstance(layer, nn.Linear):
-            moved = F.linear(args[0], weight, layer.bias)
-        else:
-            moved = layer._conv_forward(args[0], weight, layer.bias)
+        # Without the hooks that the copy has too.
+        moved = other.forward(*args)
         off = (output - moved).mean([0, *range(2, output.ndim)], keepdim=True)
         return moved + off
 

@@ -9,7 +9,7 @@ from groupconv.optimize.menu import Candidate, by_priority, tied
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.search import Search
-from groupconv.optimize.structure import DENSE, Grouped
+from groupconv.optimize.structure import DENSE, Grouped, unchanged
 from groupconv.optimize.trace import Trace, TracedConv
 
 # Gives the searches of some layers by their names.
@@ -28,7 +28,7 @@ def sketch(trace: Trace, chosen: Mapping[str, Candidate]) -> dict[str, Settled]:
     was to choose an order does not, because it stays dense or is permuted itself, not even there.
 
     Returns:
-        layer name to what stands there, by priority; dense layers are left out.
+        layer name to what stands there, by priority; unchanged layers are left out.
     """
     orders = Orders(trace.spaces)
     partitions = {}
@@ -62,7 +62,7 @@ def settle(
         searches: of its layers.
 
     Returns:
-        layer name to what stands there, by priority; dense layers are left out.
+        layer name to what stands there, by priority; unchanged layers are left out.
     """
     convs = _grouped(trace, chosen)
     found = searches([conv.name for conv in convs])
@@ -87,7 +87,7 @@ def _grouped(trace: Trace, chosen: Mapping[str, Candidate]) -> list[TracedConv]:
     return [
         conv
         for conv in by_priority(trace.convs)
-        if conv.name in chosen and searched(chosen[conv.name].structure)
+        if _changed(conv, chosen) and searched(chosen[conv.name].structure)
     ]
 
 
@@ -124,8 +124,12 @@ def _complete(
     return {
         conv.name: partitions.get(conv.name, chosen[conv.name].structure)
         for conv in by_priority(trace.convs)
-        if conv.name in chosen and chosen[conv.name].structure != DENSE
+        if _changed(conv, chosen)
     }
+
+
+def _changed(conv: TracedConv, chosen: Mapping[str, Candidate]) -> bool:
+    return conv.name in chosen and chosen[conv.name].structure != unchanged(conv.spec)
 
 
 def _loss(layers: Sequence[GroupedLayer]) -> float:
@@ -141,14 +145,13 @@ def complete(
     """
     convs = {conv.name: conv for conv in trace.convs}
     orders = Orders(trace.spaces)
+    changed = {n: x for n, x in layers.items() if x != unchanged(convs[n].spec)}
+    missing = {n: x for n, x in changed.items() if isinstance(x, Grouped) and searched(x)}
     # The others claim their orders first.
-    first: dict[str, Settled] = {
-        name: x for name, x in layers.items() if not isinstance(x, Grouped)
-    }
+    first = {name: settled for name, settled in changed.items() if name not in missing}
     for name, settled in first.items():
         if isinstance(settled, Partition):
             orders.place(convs[name], settled)
-    missing = {n: x for n, x in layers.items() if isinstance(x, Grouped) and searched(x)}
     found = searches(missing)
     return first | {
         name: _place(orders, convs[name], Candidate(grouped, 0.0), found[name]).partition

@@ -1,4 +1,4 @@
-"""What may stand in place of a dense convolution: a new structure is one small class here.
+"""What may stand in place of a convolution: a new structure is one small class here.
 
 A linear layer is a convolution on no axes; it has no groups, and of the pairs only the low rank.
 
@@ -30,12 +30,24 @@ def channels(layer: Layer) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
+def dense_weight(layer: Layer) -> Tensor:
+    """``(C_out, C_in, *k)``: the weight of a layer that is not transposed, 0 between its groups."""
+    weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
+    if groups == 1:
+        return weight
+    rows, width = weight.shape[:2]
+    dense = weight.new_zeros(groups, rows // groups, groups, width, *weight.shape[2:])
+    each = torch.arange(groups)
+    dense[each, :, each] = weight.unflatten(0, (groups, -1))
+    return dense.reshape(rows, groups * width, *weight.shape[2:])
+
+
 @dataclass(frozen=True)
 class Grouped:
     """One convolution in groups.
 
     Args:
-        groups: divides both channel counts; 1 is the layer as it is.
+        groups: divides both channel counts; 1 is a dense convolution.
     """
 
     groups: int
@@ -49,9 +61,9 @@ class Grouped:
             _check_axes(where, layer, self)
         check_groups(where, *channels(layer), self.groups)
 
-    def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
-        """Its convolutions in place of a dense one, in the order in which they run."""
-        return (replace(dense, groups=self.groups),)
+    def specs(self, layer: ConvSpec) -> tuple[ConvSpec, ...]:
+        """Its convolutions in place of a layer, in the order in which they run."""
+        return (replace(layer, groups=self.groups),)
 
     def build(self, conv: Layer, bias: bool) -> OrderedDict[str, nn.Module]:
         """Its modules, in their order, the weights zero.
@@ -109,15 +121,15 @@ class Pair:
         check_groups(f"{where}: first of the pair", reads, self.middle, self.groups)
         check_groups(f"{where}: second of it", self.middle, writes, self.pointwise_groups)
 
-    def specs(self, dense: ConvSpec) -> tuple[ConvSpec, ...]:
-        """Its convolutions in place of a dense one, in the order in which they run."""
-        first = replace(dense, out_channels=self.middle, groups=self.groups)
-        ones = (1,) * len(dense.input_size)
+    def specs(self, layer: ConvSpec) -> tuple[ConvSpec, ...]:
+        """Its convolutions in place of a layer, in the order in which they run."""
+        first = replace(layer, out_channels=self.middle, groups=self.groups)
+        ones = (1,) * len(layer.input_size)
         second = ConvSpec(
-            batch=dense.batch,
+            batch=layer.batch,
             in_channels=self.middle,
-            out_channels=dense.out_channels,
-            input_size=dense.output_size,
+            out_channels=layer.out_channels,
+            input_size=layer.output_size,
             kernel_size=ones,
             stride=ones,
             padding=((0, 0),) * len(ones),
@@ -185,14 +197,19 @@ _KINDS: dict[str, type[Structure]] = {"grouped": Grouped, "pair": Pair}
 DENSE = Grouped(1)
 
 
-def macs(structure: Structure, dense: ConvSpec) -> int:
+def unchanged(layer: ConvSpec) -> Grouped:
+    """The structure that a layer has before anything stands in its place."""
+    return Grouped(layer.groups)
+
+
+def macs(structure: Structure, layer: ConvSpec) -> int:
     """Multiply-adds of one image."""
-    return sum(spec.macs // max(spec.batch, 1) for spec in structure.specs(dense))
+    return sum(spec.macs // max(spec.batch, 1) for spec in structure.specs(layer))
 
 
-def weights(structure: Structure, dense: ConvSpec) -> int:
+def weights(structure: Structure, layer: ConvSpec) -> int:
     """Number of weights; biases are not counted."""
-    return sum(math.prod(spec.weight_shape) for spec in structure.specs(dense))
+    return sum(math.prod(spec.weight_shape) for spec in structure.specs(layer))
 
 
 def to_dict(structure: Structure) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from groupconv.files import write_text
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.evaluate import Quality
 from groupconv.optimize.plan import PAGE, PLAN, REPORT, Plan
-from groupconv.optimize.structure import DENSE, Grouped, Structure, macs
+from groupconv.optimize.structure import Grouped, Structure, macs, unchanged
 from groupconv.timing import Timing, machine
 from groupconv.version import __version__
 
@@ -23,7 +23,7 @@ class LayerRow:
 
     Args:
         name: of the layer.
-        dense: the layer as it was.
+        layer: as it was.
         structure: what stands there now.
         permutations: how many explicit ones are around it.
         seconds: measured, before and after.
@@ -33,7 +33,7 @@ class LayerRow:
     """
 
     name: str
-    dense: ConvSpec
+    layer: ConvSpec
     structure: Structure
     permutations: int
     seconds: tuple[float, float]
@@ -45,9 +45,15 @@ class LayerRow:
         grouped = isinstance(self.structure, Grouped)
         return {
             "name": self.name,
+            "was": str(unchanged(self.layer)),
             "structure": str(self.structure),
             "groups": self.structure.groups if grouped else None,
-            "macs": _pair(macs(DENSE, self.dense), macs(self.structure, self.dense)),
+            "macs": _pair(
+                *(
+                    macs(structure, self.layer)
+                    for structure in (unchanged(self.layer), self.structure)
+                )
+            ),
             "latency": _pair(*self.seconds),
             "predicted_loss": self.predicted_loss,
             "loss": self.loss,

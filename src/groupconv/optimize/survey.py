@@ -16,7 +16,7 @@ from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
 from groupconv.optimize.sensitivity import Sensitivity, Trials
-from groupconv.optimize.structure import Pair, from_dict, to_dict
+from groupconv.optimize.structure import Layer, Pair, dense_weight, from_dict, to_dict
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.store import Store
 
@@ -32,7 +32,7 @@ _TRIAL_IMAGES = (8, 256)
 
 @dataclass(frozen=True)
 class Survey:
-    """The candidates of every layer that can be cut, dense first.
+    """The candidates of every layer that can be changed, the layer as it is first.
 
     Args:
         menus: layer name to its candidates.
@@ -52,6 +52,10 @@ class Survey:
         paired = isinstance(candidate.structure, Pair)
         found = self.pair_sensitivities if paired else self.sensitivities
         return found[name].error(candidate.loss)
+
+    def changes(self, name: str, candidate: Candidate) -> bool:
+        """Whether a candidate is not the layer as it is."""
+        return candidate.structure != self.menus[name][0].structure
 
 
 class Searches:
@@ -103,9 +107,10 @@ class Searches:
                 if spread and number % ranks.count() != ranks.rank():
                     continue
                 _tell(conv, moments)
-                weight = self.model.get_submodule(conv.name).weight
-                assert isinstance(weight, Tensor)
-                problem = Regression.of(moments, weight, self.importance.get(conv.name))
+                layer = self.model.get_submodule(conv.name)
+                assert isinstance(layer, Layer)
+                counts = self.importance.get(conv.name)
+                problem = Regression.of(moments, dense_weight(layer), counts)
                 search = Search(problem, self.sampling.seed)
                 # What one process knows and others don't they could not ask for together.
                 if not spread or ranks.count() == 1:

@@ -47,7 +47,7 @@ def render_page(report: Mapping[str, Any]) -> str:
         "output error is the length of the change of the outputs over their own. "
         f"groupconv {escape(report['groupconv'])}.</p>"
     )
-    changed = any(layer["structure"] != "dense" for layer in report["layers"])
+    changed = any(layer["structure"] != layer["was"] for layer in report["layers"])
     verdict = faster(report["speedup"]) if changed else "no layer was changed"
     return _document(f"{report['settings']['model']} in groups: {verdict}", "".join(parts))
 

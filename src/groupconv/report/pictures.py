@@ -46,7 +46,7 @@ def layer_bars(layers: Sequence[Mapping[str, Any]]) -> str:
     axes = figure.subplots()
     rows = range(len(layers))
     for shift, key, colour, label in (
-        (-0.19, "before", _BEFORE, "dense"),
+        (-0.19, "before", _BEFORE, "as it was"),
         (0.19, "after", _AFTER, "as chosen"),
     ):
         axes.barh(
