@@ -31,6 +31,7 @@ from groupconv.data import load_images
 from groupconv.errors import ArgumentError, BudgetError, ExportError
 from groupconv.files import write_text
 from groupconv.targets import get_target
+from groupconv.task import AGREEMENT
 from groupconv.timing import TURN, interleave, machine
 
 NATIVE = "native"
@@ -110,6 +111,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             for layer in report["layers"]
             if layer["structure"] != layer["was"]
         },
+        "task": report["task"],
         "agreement": report["agreement"],
         "output_error": report["output_error"],
         "psnr": report["psnr"],
@@ -206,7 +208,7 @@ def likeness(row: Mapping[str, Any]) -> str:
     if row["psnr"] is not None:
         return f"PSNR {row['psnr']:.1f} dB"
     if row["agreement"] is not None:
-        return f"same class {100 * row['agreement']:.0f}%"
+        return f"{AGREEMENT[row['task']]} {100 * row['agreement']:.0f}%"
     return f"output error {row['output_error']:.3f}"
 
 

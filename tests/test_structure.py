@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store"},
+    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store", "task"},
     {"kernels"},
     {"nn"},
     {"compiler"},
@@ -64,11 +64,11 @@ ORDER = {
     ],
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
-        "covariance", "moments", "partition", "orders", "schur", "exchange", "refine", "search",
-        "fit", "structure", "pair", "menu", "align", "budget", "select", "latency", "bake", "fold",
-        "convert", "evaluate", "importance", "sensitivity", "settle", "survey", "refit",
-        "plan", "prune", "baselines", "job", "choose", "planning", "beside", "summary",
-        "finish", "start", "pipeline", "study", "sweep",
+        "visit", "covariance", "moments", "partition", "orders", "schur", "exchange", "refine",
+        "search", "fit", "structure", "pair", "menu", "align", "budget", "select", "latency",
+        "bake", "fold", "convert", "objects", "evaluate", "importance", "sensitivity", "settle",
+        "survey", "refit", "plan", "prune", "baselines", "job", "choose", "planning", "beside",
+        "summary", "finish", "start", "pipeline", "study", "sweep",
     ],
     "cli": [
         "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",

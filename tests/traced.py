@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from groupconv.optimize.moments import visit
 from groupconv.optimize.spaces import Axis, Space
 from groupconv.optimize.trace import Trace, TracedConv, trace
+from groupconv.optimize.visit import visit
 
 X = torch.ones(2, 4, 8, 8)
 
@@ -66,5 +66,6 @@ def capture(model: nn.Module, names: Sequence[str], x: Tensor) -> dict[str, tupl
     def keep(name: str, module_input: Tensor, output: Tensor) -> None:
         seen[name] = (module_input.clone(), output.clone())
 
-    visit(model, names, x, keep)
+    with torch.no_grad():
+        visit(model, names, x, keep)
     return seen

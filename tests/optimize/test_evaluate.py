@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from groupconv.data import Images
 from groupconv.errors import DataError
-from groupconv.optimize.evaluate import compare, outputs, run, wilson
+from groupconv.optimize.evaluate import compare, wilson
+from groupconv.optimize.visit import images_at_once, outputs, rows
 
 
 class Fixed(nn.Module):
@@ -92,26 +93,104 @@ def test_every_batch_in_order() -> None:
         return x.double()
 
     images = torch.arange(300.0).reshape(300, 1, 1, 1)
-    results = outputs(Fixed(remember), images)
+    (results,) = outputs(Fixed(remember), images)
     assert torch.equal(results, images)
-    # The first image alone, to see how large the outputs are.
-    assert seen == [1, 128, 128, 44]
-    seen.clear()
-    outputs(Fixed(remember), torch.zeros(4, 1, 2048, 2048))
-    assert seen == [1, 2, 2]
+    assert seen == [128, 128, 44]
     assert results.dtype == torch.float32
+    seen.clear()
+    outputs(Fixed(remember), images[:5], at_once=2)
+    assert seen == [2, 2, 1]
 
 
-@pytest.mark.parametrize("nest", [lambda y: (y,), lambda y: {"a": 3, "out": [y, y + 1]}])
-def test_first_tensor_of_a_nest(nest: object) -> None:
+@pytest.mark.parametrize(
+    ("pixels", "images"), [(1, 128), (224 * 224, 128), (2048 * 2048, 2), (1 << 24, 1)]
+)
+def test_fewer_large_images_at_once(pixels: int, images: int) -> None:
+    assert images_at_once(pixels) == images
+
+
+def test_all_tensors_that_have_a_row_for_each_image() -> None:
+    def nest(y: Tensor) -> object:
+        return {"a": 3, "out": [y, y + 1], "total": y.sum(), "table": y.new_ones(7, 2)}
+
     x = torch.ones(2, 3)
-    assert torch.equal(run(Fixed(lambda x: nest(x * 2)), x), x * 2)
+    found = rows(Fixed(lambda x: nest(x * 2)), x)
+    assert len(found) == 2
+    assert torch.equal(torch.stack(found), torch.stack([2 * x, 2 * x + 1]))
+
+
+def test_what_modules_inside_return() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[3].register_forward_hook(lambda *_: pytest.fail("it runs after the last that is asked for"))
+    x = torch.randn(5, 3)
+    found = outputs(net, x, ["2", "1"], at_once=3)
+    with torch.no_grad():
+        assert torch.equal(found[1], torch.cat([net[1](part) for part in x.split(3)]))
+    assert torch.equal(found[0], found[1].relu())
 
 
 def test_networks_that_give_no_tensor_or_take_no_such_image() -> None:
-    with pytest.raises(DataError, match="the model returns a str without a tensor"):
-        run(Fixed(lambda x: "cat"), NUMBERED)
+    with pytest.raises(DataError, match="the model returns a str without a tensor of a row for"):
+        rows(Fixed(lambda x: "cat"), NUMBERED)
+    with pytest.raises(DataError, match="the model returns a Tensor without a tensor of a row for"):
+        rows(Fixed(lambda x: x.sum()), NUMBERED)
     with pytest.raises(
         DataError, match=r"does not accept images of shape \(4, 1, 1, 1\): .*channels"
     ):
-        run(nn.Conv2d(3, 4, 1), NUMBERED)
+        rows(nn.Conv2d(3, 4, 1), NUMBERED)
+
+
+def test_what_a_network_does_is_told_from_what_it_returns() -> None:
+    images = Images(torch.randn(4, 3, 8, 6), None, "test")
+    pixels = nn.Conv2d(3, 5, 1)
+    found = compare(pixels, pixels, images)
+    assert (found.task, found.agreement, found.output_error) == ("segment", 1.0, 0.0)
+    assert compare(nn.Conv2d(3, 5, 3), nn.Conv2d(3, 5, 3), images).task == "other"
+    assert compare(nn.Conv2d(3, 1, 3), nn.Conv2d(3, 1, 3), images).task == "generate"
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("classify", r"expected \(N, classes\)"),
+        ("detect", "expected a dictionary of boxes, labels and scores for each image"),
+        ("generate", r"expected images, \(N, 1, H, W\) or \(N, 3, H, W\)"),
+    ],
+)
+def test_a_task_that_the_network_does_not_do(task: str, expected: str) -> None:
+    net = nn.Conv2d(3, 5, 1)
+    images = Images(torch.randn(4, 3, 8, 6), None, "test")
+    told = rf"task='{task}': the model returns a Tensor, first a tensor of shape \(1, 5, 8, 6\); "
+    with pytest.raises(DataError, match=told + expected):
+        compare(net, net, images, task)
+
+
+def test_three_classes_of_pixels_are_no_picture_if_one_says_so() -> None:
+    images = Images(torch.randn(4, 3, 8, 6), None, "test")
+    nets = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        same = (nets[0](images.images).argmax(1) == nets[1](images.images).argmax(1)).float().mean()
+    found = compare(*nets, images, "segment")
+    assert (found.agreement, found.psnr) == (pytest.approx(float(same)), None)
+
+
+def test_detectors_are_compared_by_the_objects_they_find() -> None:
+    def found(shift: float, first: int) -> object:
+        def forward(x: Tensor) -> list[dict[str, Tensor]]:
+            one = {
+                "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 40]]) + shift,
+                "labels": torch.tensor([first, 2]),
+                "scores": torch.tensor([0.9, 0.8]),
+            }
+            return [one] * len(x)
+
+        return Fixed(forward)
+
+    images = Images(torch.zeros(3, 1, 50, 50), None, "test")
+    same = compare(found(0, 1), found(0, 1), images)
+    assert (same.task, same.agreement, same.overlap) == ("detect", 1.0, 1.0)
+    assert same.output_error is None
+    # 9 of 11 by 10 and 9 of 11 by 20 are left of the shifted boxes; one is of another class now.
+    moved = compare(found(0, 1), found(1, 3), images)
+    assert moved.agreement == pytest.approx(0.5)
+    assert moved.overlap == pytest.approx(9 * 19 / (2 * 200 - 9 * 19))

@@ -196,6 +196,8 @@ def test_kept_layers_stay_dense() -> None:
         ({"target": "abacus"}, groupconv.ArgumentError, "target='abacus'"),
         ({"recover": "soon"}, groupconv.ArgumentError, "recover='soon'"),
         ({"keep": ("conv9",)}, groupconv.ArgumentError, "keep='conv9'"),
+        ({"task": "count"}, groupconv.ArgumentError, "task='count' must be one of auto, classify"),
+        ({"task": "detect"}, groupconv.DataError, "task='detect': the model returns a Tensor"),
         ({"batch_size": 0}, groupconv.ArgumentError, "batch_size=0"),
         ({"budget": "1%macs"}, groupconv.BudgetError, "budget='1%macs'"),
         ({"data": torch.randn(8, 4, 12, 12)}, groupconv.DataError, r"\(1, 4, 12, 12\)"),

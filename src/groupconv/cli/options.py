@@ -73,6 +73,13 @@ Baselines = Annotated[
     bool,
     typer.Option("--baselines", help="Report a plain cut, random groups and pruning beside it."),
 ]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="What the networks are compared by: classify, segment (class of each pixel), detect "
+        "(objects found again), generate (PSNR of the images) or auto (as the outputs look)."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Images per call when time is measured.")]
 MaxImages = Annotated[int, typer.Option(help="Calibration images to use.")]
 ImageSize = Annotated[int, typer.Option(help="Size of a folder's images, in pixels.")]

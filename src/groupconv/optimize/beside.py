@@ -1,17 +1,16 @@
 """The baselines of a run, built and measured beside its own result on the same images."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from groupconv.data import Images
 from groupconv.errors import BudgetError
 from groupconv.kernels.spec import ConvSpec, legal_groups
 from groupconv.optimize.baselines import plain_cut, pruned, random_groups
 from groupconv.optimize.convert import Settled, structure_of
-from groupconv.optimize.evaluate import compare
+from groupconv.optimize.evaluate import Quality
 from groupconv.optimize.job import Job
 from groupconv.optimize.structure import Grouped, macs
 from groupconv.timing import TURN, interleave
@@ -22,7 +21,10 @@ _SECONDS = 0.5
 
 
 def beside(
-    job: Job, layers: Mapping[str, Settled], fitted: nn.Module, held_out: Images
+    job: Job,
+    layers: Mapping[str, Settled],
+    fitted: nn.Module,
+    judge: Callable[[nn.Module], Quality],
 ) -> list[dict[str, Any]]:
     """What the same images and the same time give without this library's choices.
 
@@ -35,7 +37,7 @@ def beside(
         job: the run.
         layers: of its plan.
         fitted: its network, refitted but not recovered: no baseline is either.
-        held_out: images to report on.
+        judge: says how good a network is beside the original.
 
     Returns:
         for each network its name, and accuracy, agreement, latency (seconds, all in one run) and
@@ -82,11 +84,12 @@ def beside(
         if isinstance(net, str):
             rows.append({"name": name, "why_not": net})
             continue
-        quality = compare(job.model, net, held_out)
+        quality = judge(net)
         rows.append(
             {
                 "name": name,
                 "accuracy": quality.accuracy_after,
+                "task": quality.task,
                 "agreement": quality.agreement,
                 "output_error": quality.output_error,
                 "latency": times[name].median,

@@ -1,102 +1,140 @@
 """How good a network is: accuracy with its interval where there are labels, else likeness."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groupconv.data import Images, largest_map
+from groupconv.data import Images
 from groupconv.errors import DataError
 from groupconv.optimize.cost import tensors_in
+from groupconv.optimize.objects import holds_objects, match_all
+from groupconv.optimize.visit import accepted, images_at_once, outputs
+from groupconv.task import AUTO, CLASSIFY, DETECT, GENERATE, OTHER, SEGMENT
 
-# Images of a batch, at most, and pixels.
-_BATCH, _PIXELS = 128, 1 << 23
+_RETURNED = {
+    CLASSIFY: "(N, classes)",
+    SEGMENT: "(N, classes, *size), the size that of the images",
+    DETECT: "a dictionary of boxes, labels and scores for each image, as torchvision's detectors",
+    GENERATE: "images, (N, 1, H, W) or (N, 3, H, W)",
+}
 
 
 @dataclass(frozen=True)
 class Quality:
     """A converted network beside the original, on the same images.
 
+    What a task has no use for is None.
+
     Args:
+        task: "classify", "segment", "detect", "generate" or "other".
         images: how many.
-        accuracy_before, accuracy_after: top-1, or None without labels or classes.
+        accuracy_before, accuracy_after: top-1, with labels.
         interval_before, interval_after: their 95% intervals (Wilson's).
-        agreement: share of images with the same top-1 class, or None if the output has no classes.
+        agreement: share of images, or of pixels, with the same top-1 class; of a detector the F1
+            score of what is found again, the original's objects being what is right.
+        overlap: of the objects found again, mean intersection over union of their masks, or of
+            their boxes.
         output_error: ``|y' - y| / |y|`` over all outputs.
         psnr: of images that the network makes, those of the original being what is right, in dB;
-            None if it makes none, or the same.
+            None if it makes the same.
     """
 
+    task: str
     images: int
-    accuracy_before: float | None
-    accuracy_after: float | None
-    interval_before: tuple[float, float] | None
-    interval_after: tuple[float, float] | None
-    agreement: float | None
-    output_error: float
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    interval_before: tuple[float, float] | None = None
+    interval_after: tuple[float, float] | None = None
+    agreement: float | None = None
+    overlap: float | None = None
+    output_error: float | None = None
     psnr: float | None = None
 
 
-@torch.inference_mode()
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """The network's first output tensor for every image, on the CPU.
+def compare(
+    original: nn.Module,
+    converted: nn.Module,
+    test: Images,
+    task: str = AUTO,
+    at_once: int = images_at_once(1),
+) -> Quality:
+    """Measure both networks on the same images.
+
+    Args:
+        original, converted: in evaluation mode.
+        test: the images, perhaps with labels of classes.
+        task: one of :data:`groupconv.task.TASKS`; "auto" tells it from what the original returns.
+        at_once: images per forward pass.
 
     Raises:
-        DataError: the network does not accept the images, or does not give tensors.
+        DataError: a network does not accept the images, or does not do the task.
     """
-    device = next(model.parameters()).device
-    # One image tells how large the outputs are. It runs again with the others: a batch of its own
-    # would have a mean of its own, which trials correct batch by batch.
-    first = run(model, images[:1].to(device))
-    size = max(1, min(_BATCH, _PIXELS // largest_map(images, first)))
-    return torch.cat([run(model, part.to(device)).float().cpu() for part in images.split(size)])
-
-
-def run(model: nn.Module, batch: Tensor) -> Tensor:
-    """One forward pass; the first tensor among what the network returns.
-
-    Raises:
-        DataError: the network does not accept the images, or gives no tensor.
-    """
-    try:
-        result: Any = model(batch)
-    except RuntimeError as error:
-        raise DataError(
-            f"the model does not accept images of shape {tuple(batch.shape)}: {error}"
-        ) from error
-    leaves = tensors_in(result)
-    if not leaves:
-        raise DataError(f"the model returns a {type(result).__name__} without a tensor")
-    return leaves[0]
-
-
-def compare(original: nn.Module, converted: nn.Module, test: Images) -> Quality:
-    """Measure both networks on the same images."""
-    before, after = outputs(original, test.images), outputs(converted, test.images)
-    error = float((after - before).norm() / before.norm().clamp_min(1e-30))
-    if before.ndim != 2 or before.shape[1] < 2:
-        psnr = _psnr(before, after) if _are_images(before) else None
-        return Quality(len(test), None, None, None, None, None, error, psnr)
-    classes = before.argmax(1), after.argmax(1)
-    agreement = float((classes[0] == classes[1]).float().mean())
-    if test.labels is None or int(test.labels.max()) >= before.shape[1]:
-        return Quality(len(test), None, None, None, None, agreement, error)
+    task = task_of(original, test.images[:1], task)
+    if task == DETECT:
+        return _compare_objects(original, converted, test, at_once)
+    before, after = (outputs(net, test.images, at_once=at_once) for net in (original, converted))
+    off = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+    size = sum(float(b.square().sum()) for b in before)
+    quality = Quality(task, len(test), output_error=math.sqrt(off / max(size, 1e-60)))
+    if task == GENERATE:
+        return replace(quality, psnr=_psnr(before[0], after[0]))
+    if task not in (CLASSIFY, SEGMENT):
+        return quality
+    classes = before[0].argmax(1), after[0].argmax(1)
+    quality = replace(quality, agreement=float((classes[0] == classes[1]).float().mean()))
+    if task == SEGMENT or test.labels is None or int(test.labels.max()) >= before[0].shape[1]:
+        return quality
     hits = [int((top == test.labels).sum()) for top in classes]
-    return Quality(
-        len(test),
-        hits[0] / len(test),
-        hits[1] / len(test),
-        wilson(hits[0], len(test)),
-        wilson(hits[1], len(test)),
-        agreement,
-        error,
+    return replace(
+        quality,
+        accuracy_before=hits[0] / len(test),
+        accuracy_after=hits[1] / len(test),
+        interval_before=wilson(hits[0], len(test)),
+        interval_after=wilson(hits[1], len(test)),
     )
 
 
-def _are_images(y: Tensor) -> bool:
-    return y.ndim == 4 and y.shape[1] in (1, 3)
+@torch.inference_mode()
+def task_of(model: nn.Module, image: Tensor, task: str) -> str:
+    """What a network does by what it returns of an image, ``(1, C, H, W)``, if that is to be told.
+
+    Raises:
+        DataError: it returns what that task can't.
+    """
+    batch = image.to(next(model.parameters()).device)
+    with accepted(batch):
+        returned: Any = model(batch)
+    first = next(iter(tensors_in(returned)), None)
+    shape = () if first is None else tuple(first.shape)
+    fits = {
+        DETECT: holds_objects(returned),
+        CLASSIFY: len(shape) == 2 and shape[1] > 1,
+        GENERATE: len(shape) == 4 and shape[1] in (1, 3),
+        SEGMENT: len(shape) > 2 and shape[1] > 1 and shape[2:] == image.shape[2:],
+        OTHER: True,
+    }
+    if task == AUTO:
+        return next(name for name in fits if fits[name])
+    if not fits[task]:
+        found = f"a {type(returned).__name__}" + f", first a tensor of shape {shape}" * bool(shape)
+        raise DataError(f"task={task!r}: the model returns {found}; expected {_RETURNED[task]}")
+    return task
+
+
+@torch.inference_mode()
+def _compare_objects(
+    original: nn.Module, converted: nn.Module, test: Images, at_once: int
+) -> Quality:
+    found = []
+    for net in (original, converted):
+        device = next(net.parameters()).device
+        parts = test.images.split(at_once)
+        found.append([objects for part in parts for objects in net(part.to(device))])
+    pairs = match_all(*found)
+    return Quality(DETECT, len(test), agreement=pairs.f1, overlap=pairs.overlap)
 
 
 def _psnr(right: Tensor, y: Tensor) -> float | None:

@@ -21,8 +21,10 @@ from groupconv.optimize.plan import Plan, save_weights
 from groupconv.optimize.refit import refit
 from groupconv.optimize.structure import unchanged
 from groupconv.optimize.summary import LayerRow, summarize, write_report
+from groupconv.optimize.visit import images_at_once
 from groupconv.recovery import Recovery
 from groupconv.recovery.lessons import batch_size
+from groupconv.task import AGREEMENT
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Finish:
         judged: images by which it is told whether that helps.
         min_accuracy: see :func:`optimize`, or None.
         baselines: whether to build and measure them beside each result.
+        task: by which networks are compared, see :func:`compare`.
     """
 
     job: Job
@@ -82,6 +85,7 @@ class Finish:
     judged: Images
     min_accuracy: float | None
     baselines: bool
+    task: str
 
     def __call__(
         self, plan: Plan, decisions: Mapping[str, Decision], folder: Path | None
@@ -142,7 +146,7 @@ class Finish:
         )
         if self.baselines and plan.layers:
             with job.step("baselines"):
-                report["baselines"] = beside(job, plan.layers, carried.refitted, self.held_out)
+                report["baselines"] = beside(job, plan.layers, carried.refitted, self._quality)
         if folder is not None and ranks.first():
             save_weights(folder, converted.model, converted.edits, job.folded, job.baked)
             write_report(folder, plan, report)
@@ -154,7 +158,7 @@ class Finish:
         converted = convert(job.model, job.mapped, plan.layers)
         with job.step("refit"):
             losses = refit(job.model, converted, job.sampling, job.store("refit"), job.importance)
-        fitted = ranks.on_first(lambda: compare(job.model, converted.model, self.held_out))
+        fitted = ranks.on_first(lambda: self._quality(converted.model))
         log.info("refitted: %s", _in_words(fitted))
         if self.recover.seconds is None or not converted.placed:
             return Carried(converted, losses, converted.model, fitted, fitted, [])
@@ -175,9 +179,14 @@ class Finish:
                 store=job.store("recover", plan.to_json(), self.recover.described()),
             )
             stages = school.teach(net)
-        quality = ranks.on_first(lambda: compare(job.model, net, self.held_out))
+        quality = ranks.on_first(lambda: self._quality(net))
         log.info("recovered: %s", _in_words(quality))
         return Carried(converted, losses, refitted, fitted, quality, stages)
+
+    def _quality(self, net: nn.Module) -> Quality:
+        """How good a network is beside the original."""
+        at_once = images_at_once(self.job.pixels)
+        return compare(self.job.model, net, self.held_out, self.task, at_once)
 
     def _rows(
         self,
@@ -234,7 +243,7 @@ def _in_words(quality: Quality) -> str:
     if quality.accuracy_after is not None and quality.accuracy_before is not None:
         return f"accuracy {quality.accuracy_after:.2%} (original {quality.accuracy_before:.2%})"
     if quality.agreement is not None:
-        return f"top-1 agreement with the original {quality.agreement:.2%}"
+        return f"{AGREEMENT[quality.task]} {quality.agreement:.2%}"
     if quality.psnr is not None:
         return f"images like the original's, PSNR {quality.psnr:.1f} dB"
     return f"relative output error {quality.output_error:.4f}"

@@ -37,7 +37,7 @@ def fold_permutations(
     movers = [n for n, m in model.named_modules() if isinstance(m, _MOVERS)]
     if not movers:
         return model, ()
-    regions, _ = capture(model, inputs)
+    regions = capture(model, inputs).regions
     net, folded = model, list[str]()
     for name in movers:
         found = _absorbing(model, regions, name, folded)

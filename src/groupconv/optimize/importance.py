@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from groupconv.optimize.evaluate import run
 from groupconv.optimize.structure import Layer, channels
+from groupconv.optimize.visit import rows
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,11 @@ _LEAST = 1e-2
 
 
 def output_importance(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Tensor], seed: int
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Tensor],
+    seed: int,
+    ends: Sequence[str] = ("",),
 ) -> dict[str, Tensor]:
     """Weights of the output channels of some layers, mean 1 in each.
 
@@ -32,12 +36,14 @@ def output_importance(
         names: of its convolutions.
         batches: ``(N, C, H, W)``.
         seed: of the signs.
+        ends: names of the modules whose outputs count; the model itself is named "".
 
     Returns:
         layer name to ``(C_out,)``, in float64. All are equal where the network's output does not
         depend on a layer in a way that can be differentiated.
     """
     squares: dict[str, Tensor] = {}
+    spreads: list[Tensor] = []
 
     def watch(name: str, output: Tensor) -> None:
         def add(gradient: Tensor) -> None:
@@ -59,11 +65,18 @@ def output_importance(
         with torch.enable_grad():
             for batch in batches:
                 x = batch.detach().requires_grad_()
-                output = run(model, x)
-                if output.requires_grad:
-                    signs = torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0
+                found = [y for y in rows(model, x, ends) if y.requires_grad]
+                # Each of several outputs counts as much as the others.
+                spreads = spreads or [y.detach().std(correction=0).clamp_min(1e-30) for y in found]
+                if found:
+                    total = torch.stack(
+                        [
+                            (y * _signs(y, generator)).sum() / spread
+                            for y, spread in zip(found, spreads, strict=True)
+                        ]
+                    )
                     # By the input: no parameter's gradient is touched.
-                    torch.autograd.grad((output * signs.to(output)).sum(), x)
+                    torch.autograd.grad(total.sum(), x)
     finally:
         for handle in handles:
             handle.remove()
@@ -78,3 +91,7 @@ def output_importance(
         weights = weights / weights.mean()
         result[name] = weights.clamp_min(_LEAST)
     return result
+
+
+def _signs(output: Tensor, generator: torch.Generator) -> Tensor:
+    return (torch.randint(0, 2, output.shape, generator=generator) * 2.0 - 1.0).to(output)

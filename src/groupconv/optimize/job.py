@@ -17,12 +17,12 @@ from groupconv.busy import require_quiet
 from groupconv.data import Images, largest_map
 from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
-from groupconv.optimize.evaluate import run
 from groupconv.optimize.fold import fold_permutations
 from groupconv.optimize.importance import output_importance
 from groupconv.optimize.moments import Sampling
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
+from groupconv.optimize.visit import accepted
 from groupconv.recovery import lessons
 from groupconv.store import Store, fingerprint
 from groupconv.targets import LatencyTable, Target
@@ -56,7 +56,7 @@ class Job:
         mapped: its trace.
         importance: layer name to what its output channels count.
         baked, folded: what was changed in it, by name.
-        pixels: of the images, or of what the network makes of them if those are more.
+        pixels: of an image, or of the largest map that the network makes of it if those are more.
         macs: of one image.
         weights: bytes of all parameters and buffers.
         steps: seconds of each step so far.
@@ -82,12 +82,17 @@ class Job:
         self.steps: dict[str, float] = {}
         ranks.on_first(require_quiet)
         with self.step("trace"):
-            self.pixels = largest_map(images.images, run(model, self.example(1)))
+            image = self.example(1)
+            with torch.inference_mode(), accepted(image):
+                self.pixels = largest_map(image, model(image))
             model, self.baked = bake(model)
             if self.baked:
                 log.info("norms of weights made plain: %s", ", ".join(self.baked))
             self.model, self.folded = fold_permutations(model, (self.example(2),))
             self.mapped = trace(self.model, (self.example(2),))
+            # Some networks enlarge what they are given.
+            sizes = (conv.spec.input_size for conv in self.mapped.convs)
+            self.pixels = max(self.pixels, *map(math.prod, sizes))
             self.macs = self.count_macs(self.model)
             self.weights = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         for name, reason in self.mapped.skipped.items():
@@ -100,7 +105,7 @@ class Job:
             size = min(_IMPORTANCE_BATCH, lessons.batch_size(self.pixels))
             sample = self.images.images[:_IMPORTANCE_IMAGES].split(size)
             batches = (batch.to(self.device) for batch in sample)
-            self.importance = output_importance(self.model, names, batches, seed)
+            self.importance = output_importance(self.model, names, batches, seed, self.mapped.ends)
         self.searches = Searches(self.model, self.mapped.convs, self.sampling, self.importance)
 
     def store(self, *options: object) -> Store:

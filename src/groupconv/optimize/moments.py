@@ -18,6 +18,7 @@ from groupconv.optimize.covariance import (
     SeparableSums,
 )
 from groupconv.optimize.trace import TracedConv
+from groupconv.optimize.visit import visit
 
 # Outputs of the original kept in memory at once.
 _TARGETS_BYTES = 1 << 29
@@ -63,48 +64,6 @@ class Sampling:
         generator = torch.Generator().manual_seed((self.seed << 20) + number)
         count = math.ceil(self.max_positions * shape[0] / self.images)
         return _places(shape, count, generator)
-
-
-class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its job
-    """The last layer of interest has run."""
-
-
-@torch.no_grad()
-def visit(
-    model: nn.Module,
-    names: Sequence[str],
-    batch: Tensor,
-    see: Callable[[str, Tensor, Tensor], None],
-) -> None:
-    """One forward pass, which stops after the last of some modules.
-
-    Args:
-        model: in evaluation mode.
-        names: of modules that are called once.
-        batch: ``(N, C, H, W)``.
-        see: takes a module's name, input and output, before anything can change them.
-    """
-    left = set(names)
-
-    def hook(name: str, output: Tensor, args: tuple[Tensor, ...]) -> None:
-        see(name, args[0], output)
-        left.discard(name)
-        if not left:
-            raise Reached
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: hook(name, output, args)
-        )
-        for name in names
-    ]
-    try:
-        model(batch)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def sample(

@@ -17,6 +17,7 @@ from groupconv.optimize.planning import Planner
 from groupconv.optimize.settle import complete, searched
 from groupconv.optimize.start import KEEP, Options, Source, check_round_to, end, started, texts
 from groupconv.recovery import Recovery
+from groupconv.task import AUTO
 
 
 def optimize(
@@ -37,6 +38,7 @@ def optimize(
     round_to: int = 1,
     min_accuracy: float | None = None,
     baselines: bool = False,
+    task: str = AUTO,
 ) -> Result:
     """Turn a trained CNN into a network of grouped convolutions under a budget.
 
@@ -71,6 +73,9 @@ def optimize(
             the budget may then not.
         baselines: whether to report, beside the result, what plain cutting, random groups and
             channel pruning at equal time give on the same images.
+        task: what the networks are compared by: "classify" (top-1 class), "segment" (class of each
+            pixel), "detect" (objects found again) or "generate" (PSNR of the images); "auto" tells
+            it from what the network returns.
 
     Returns:
         Result
@@ -82,7 +87,7 @@ def optimize(
     """
     limits, options = (
         parse_budgets(budget),
-        Options(target, recover, batch_size, min_accuracy, baselines),
+        Options(target, recover, batch_size, min_accuracy, baselines, task),
     )
     check_round_to(round_to)
     source = Source(data, test, max_images, image_size, seed)
@@ -121,7 +126,7 @@ def plan(
     Raises:
         ArgumentError, DataError, BudgetError: as :func:`optimize`.
     """
-    limits, options = parse_budgets(budget), Options(target, "none", batch_size, None, False)
+    limits, options = parse_budgets(budget), Options(target, "none", batch_size, None, False, AUTO)
     check_round_to(round_to)
     source = Source(data, test, max_images, image_size, seed)
     asked = {"budget": texts(budget), "keep": texts(keep), "round_to": round_to}
@@ -148,12 +153,13 @@ def apply(
     image_size: int = 224,
     min_accuracy: float | None = None,
     baselines: bool = False,
+    task: str = AUTO,
 ) -> Result:
     """Carry out a plan.
 
     Args:
         model, data, target, recover, out, restart, test, batch_size, max_images, image_size,
-            min_accuracy, baselines: see :func:`optimize`.
+            min_accuracy, baselines, task: see :func:`optimize`.
         plan: of :func:`plan`, or written by hand; grouped layers without orders of their channels
             get the best that are found. Its seed is used.
 
@@ -162,7 +168,7 @@ def apply(
         DataError: the plan is illegal for this network, every fault named; or as
             :func:`optimize`.
     """
-    options = Options(target, recover, batch_size, min_accuracy, baselines)
+    options = Options(target, recover, batch_size, min_accuracy, baselines, task)
     source = Source(data, test, max_images, image_size, plan.seed)
     with started(model, source, options, out, {"plan": plan.to_json()}, restart) as (job, finish):
         check(model, job.mapped, plan.layers)

@@ -17,6 +17,7 @@ from groupconv.optimize.plan import Plan
 from groupconv.optimize.settle import searched, settle
 from groupconv.optimize.survey import Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, TracedConv
+from groupconv.optimize.visit import images_at_once
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Planner:
                 job.store("survey", round_to, [conv.name for conv in convs]),
                 job.images.images.to(job.device),
                 macs=job.macs,
+                at_once=images_at_once(job.pixels),
                 round_to=round_to,
             )
         with job.step("measure"):

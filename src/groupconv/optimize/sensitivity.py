@@ -10,17 +10,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from groupconv.optimize.evaluate import outputs
 from groupconv.optimize.menu import SWEEPS, Candidate
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.structure import DENSE, Layer, Pair, dense_weight
+from groupconv.optimize.visit import images_at_once, outputs
 
 # Losses outside these change the output by too little to be measured, or leave nothing of it.
 _LEAST, _MOST = 1e-4, 0.5
@@ -32,7 +33,8 @@ _POWER = 1.25
 class Sensitivity:
     """The error of the network's output as ``scale * loss**power``.
 
-    Errors are squared differences over the variance of the output between images.
+    Errors are squared differences over the variance of the output between images; of several
+    outputs the mean.
     """
 
     scale: float
@@ -54,15 +56,24 @@ class Trials:
         images: ``(N, C, H, W)``, N at least 2.
         importance: layer name to what its output channels count in its regression; where it has
             none all count alike.
+        ends: names of the modules whose outputs count; the model itself is named "".
+        at_once: images per forward pass.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, importance: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        images: Tensor,
+        importance: Mapping[str, Tensor] | None = None,
+        ends: Sequence[str] = ("",),
+        at_once: int = images_at_once(1),
     ) -> None:
-        self.model, self.images, self.importance = model, images, importance or {}
-        self.exact = outputs(model, images)
-        spread = (self.exact - self.exact.mean(0)).square().sum()
-        self.spread = float(spread.clamp_min(1e-30))
+        self.model, self.importance = model, importance or {}
+        self.outputs = partial(outputs, model, images, ends, at_once)
+        self.exact = self.outputs()
+        self.spreads = [
+            float((exact - exact.mean(0)).square().sum().clamp_min(1e-30)) for exact in self.exact
+        ]
 
     def sensitivity(
         self, name: str, problem: Regression, candidates: Sequence[Candidate]
@@ -101,8 +112,12 @@ class Trials:
                 weight = weight / self.importance[name].sqrt()[:, None]
             weight = weight.reshape(dense.shape)
         with _replaced(layer, weight.to(layer.weight)):
-            moved = outputs(self.model, self.images)
-        return max(float((moved - self.exact).square().sum()) / self.spread, 1e-12)
+            moved = self.outputs()
+        errors = [
+            float((a - b).square().sum()) / spread
+            for a, b, spread in zip(moved, self.exact, self.spreads, strict=True)
+        ]
+        return max(sum(errors) / len(errors), 1e-12)
 
 
 def _loss(candidate: Candidate) -> float:

@@ -14,6 +14,7 @@ from groupconv.data import Images, load_images
 from groupconv.errors import ArgumentError, DataError
 from groupconv.files import output_folder
 from groupconv.optimize.capture import evaluation_mode
+from groupconv.optimize.evaluate import task_of
 from groupconv.optimize.finish import Finish
 from groupconv.optimize.job import Job
 from groupconv.optimize.planning import FIRST, LAST
@@ -21,6 +22,7 @@ from groupconv.recovery import Recovery
 from groupconv.recovery.lessons import judged, with_images
 from groupconv.store import claimed, fingerprint
 from groupconv.targets import get_target
+from groupconv.task import TASKS
 from groupconv.version import __version__
 
 KEEP = (FIRST, LAST)
@@ -36,9 +38,12 @@ class Options:
     batch_size: int
     min_accuracy: float | None
     baselines: bool
+    task: str
 
     def __post_init__(self) -> None:
         get_target(self.target)
+        if self.task not in TASKS:
+            raise ArgumentError(f"task={self.task!r} must be one of {', '.join(TASKS)}")
         if self.batch_size < 1:
             raise ArgumentError(f"batch_size={self.batch_size!r} must be a positive integer")
         if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:
@@ -117,7 +122,15 @@ def started(
             batch_size=options.batch_size,
             folder=folder,
         )
-        finish = Finish(job, held_out, recovery, aside, options.min_accuracy, options.baselines)
+        finish = Finish(
+            job,
+            held_out,
+            recovery,
+            aside,
+            options.min_accuracy,
+            options.baselines,
+            task_of(job.model, held_out.images[:1], options.task),
+        )
         yield job, finish
 
 

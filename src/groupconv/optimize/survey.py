@@ -126,6 +126,7 @@ def menus_and_sensitivities(
     images: Tensor,
     *,
     macs: int,
+    at_once: int,
     round_to: int,
 ) -> tuple[dict[str, list[Candidate]], dict[str, Sensitivity], dict[str, Sensitivity]]:
     """The menu of every layer, and what its loss costs the network, cut into groups and as a pair.
@@ -139,6 +140,7 @@ def menus_and_sensitivities(
         store: of the run.
         images: ``(N, C, H, W)``, to try cuts on.
         macs: of the network, for one image.
+        at_once: images per forward pass.
         round_to: see :func:`menu`.
     """
     free = freedom(mapped, convs)
@@ -150,7 +152,7 @@ def menus_and_sensitivities(
         least, most = _TRIAL_IMAGES
         count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
         images = images[: min(max(count, least), most)]
-        trials = Trials(searches.model, images, searches.importance)
+        trials = Trials(searches.model, images, searches.importance, mapped.ends, at_once)
     mine: dict[str, Any] = {}
     share = searches.each(missing, spread=True)
     for name, search in events.followed("survey", share, len(missing) // ranks.count()):

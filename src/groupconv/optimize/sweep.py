@@ -20,6 +20,7 @@ from groupconv.optimize.planning import Planner
 from groupconv.optimize.start import KEEP, Options, Source, check_round_to, end, started, texts
 from groupconv.optimize.study import Study
 from groupconv.recovery import Recovery
+from groupconv.task import AUTO
 
 
 def sweep(
@@ -39,13 +40,14 @@ def sweep(
     image_size: int = 224,
     round_to: int = 1,
     baselines: bool = False,
+    task: str = AUTO,
     join: bool = False,
 ) -> list[Result]:
     """:func:`optimize` under several budgets in turn; what they share is done once.
 
     Args:
         model, data, target, recover, keep, restart, seed, test, batch_size, max_images, image_size,
-            round_to, baselines: see :func:`optimize`.
+            round_to, baselines, task: see :func:`optimize`.
         budgets: each for a network of its own.
         out: folder for a folder for each budget, frontier.json and frontier.html.
         join: whether to share the budgets with other processes, on this machine or others, that
@@ -60,7 +62,7 @@ def sweep(
     """
     limits, options = (
         [parse_budgets(b) for b in budgets],
-        Options(target, recover, batch_size, None, baselines),
+        Options(target, recover, batch_size, None, baselines, task),
     )
     if not limits:
         raise ArgumentError(f"budgets={budgets!r} must hold at least one budget")
@@ -82,6 +84,7 @@ def sweep(
             image_size=image_size,
             round_to=round_to,
             baselines=baselines,
+            task=task,
         )
         return _joined(model, budgets, out, restart, alone)
     source = Source(data, test, max_images, image_size, seed)

@@ -7,14 +7,14 @@ and outputs, keep their order.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
 from groupconv.kernels.spec import ConvSpec
-from groupconv.optimize.capture import Region, capture
+from groupconv.optimize.capture import Captured, Region, capture
 from groupconv.optimize.rules import Rule, apply
 from groupconv.optimize.spaces import Axis, Member, Space
 from groupconv.optimize.ties import Cells
@@ -50,19 +50,21 @@ class Trace:
         spaces: of interchangeable channels.
         members: every axis of a parameter that channels run along.
         skipped: name to why a layer, or a part of the model, is left as it is.
+        ends: modules whose outputs show what a change has done; the model itself is named "".
     """
 
     convs: tuple[TracedConv, ...]
     spaces: tuple[Space, ...]
     members: tuple[Member, ...]
     skipped: dict[str, str]
+    ends: tuple[str, ...]
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     """Map the channels of ``model``, in evaluation mode.
 
-    A model that torch.export and torch.fx refuse as a whole is mapped submodule by submodule; its
-    own forward must then not read the parameters of a submodule.
+    A model that torch.export and torch.fx refuse as a whole, or that finds objects in the images,
+    is mapped submodule by submodule; its own forward must then not read a submodule's parameters.
 
     Args:
         model: left as it was.
@@ -71,12 +73,12 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Trace:
     Raises:
         GroupConvError: no part of the model can be exported.
     """
-    regions, skipped = capture(model, inputs)
+    captured = capture(model, inputs)
     walk = Walk(model)
-    walk.skipped.update(skipped)
-    for region in regions:
+    walk.skipped.update(captured.skipped)
+    for region in captured.regions:
         follow(walk, region)
-    return _assemble(walk, regions)
+    return _assemble(walk, captured)
 
 
 def follow(walk: Walk, region: Region, rule: Rule = apply) -> None:
@@ -102,8 +104,8 @@ def members_of(
     return spaces, runs[: len(axes)], tuple(owned)
 
 
-def _assemble(walk: Walk, regions: Iterable[Region]) -> Trace:
-    repeats = {region.name: region.calls for region in regions}
+def _assemble(walk: Walk, captured: Captured) -> Trace:
+    repeats = {region.name: region.calls for region in captured.regions}
     calls = Counter[nn.Module | None]()
     for call in walk.calls:
         calls[walk.modules.get(call.name)] += max(
@@ -124,7 +126,7 @@ def _assemble(walk: Walk, regions: Iterable[Region]) -> Trace:
         for call, a, b in zip(found, runs[0::2], runs[1::2], strict=True)
         if isinstance(call.layer, ConvSpec)
     )
-    return Trace(convs, spaces, members, walk.skipped)
+    return Trace(convs, spaces, members, walk.skipped, captured.ends)
 
 
 def _following_norm(walk: Walk, node: fx.Node) -> str | None:

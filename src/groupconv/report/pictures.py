@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from groupconv.task import AGREEMENT
+
 _BEFORE, _AFTER, _FITTED = "#8a8f98", "#0b6e4f", "#e0a030"
 
 
@@ -160,7 +162,7 @@ def _quality(report: Mapping[str, Any]) -> tuple[str, dict[str, float], float]:
     if report["agreement"] is not None:
         heights = {"before": 100.0, "after": 100 * report["agreement"]}
         fitted = 100 * report["agreement_before_recovery"]
-        return "same top-1 class as the original, %", heights, fitted
+        return f"{AGREEMENT[report['task']]}, %", heights, fitted
     error = 100 * report["output_error"]
     return "relative error of the output, %", {"before": 0.0, "after": error}, error
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from groupconv.task import AGREEMENT
+
 
 def faster(speedup: float) -> str:
     """A quotient of two latencies in words."""
@@ -23,8 +25,12 @@ def summary_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         change = f"{100 * (accuracy['after'] - accuracy['before']):+.2f} points"
         rows.append(("accuracy [95%]", *cells, change))
     if report["agreement"] is not None:
-        rows.append(("same class as original", "100%", f"{100 * report['agreement']:.2f}%", ""))
-    rows.append(("relative output error", "0", f"{report['output_error']:.4f}", ""))
+        share = f"{100 * report['agreement']:.2f}%"
+        rows.append((AGREEMENT[report["task"]], "100%", share, ""))
+    if report["overlap"] is not None:
+        rows.append(("their overlap (IoU)", "1", f"{report['overlap']:.4f}", ""))
+    if report["output_error"] is not None:
+        rows.append(("relative output error", "0", f"{report['output_error']:.4f}", ""))
     if report["psnr"] is not None:
         rows.append(("likeness of the images (PSNR)", "", f"{report['psnr']:.1f} dB", ""))
     for what, key, scale, unit in (
@@ -154,7 +160,7 @@ def _quality(row: Mapping[str, Any]) -> str:
     if row["accuracy"] is not None:
         return f"accuracy {100 * row['accuracy']:.2f}%"
     if row["agreement"] is not None:
-        return f"same class {100 * row['agreement']:.2f}%"
+        return f"{AGREEMENT[row['task']]} {100 * row['agreement']:.2f}%"
     return f"output error {row['output_error']:.4f}"
 
 

@@ -1,0 +1,95 @@
+"""Detectors: what runs on whole images is changed, and the objects found are what counts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_close
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+import groupconv
+from groupconv.optimize.trace import trace
+
+pytestmark = pytest.mark.usefixtures("steady_clock")
+
+
+def mask_rcnn(norm: type[nn.Module] = nn.BatchNorm2d) -> MaskRCNN:
+    """torchvision's, on a small pyramid, with statistics of real activations."""
+    torch.manual_seed(0)
+    body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+    layers = {"layer1": "0", "layer2": "1"}
+    backbone = BackboneWithFPN(body, layers, [64, 128], 32)
+    for _ in range(20):
+        backbone(torch.randn(4, 3, 64, 96))
+    anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
+    net = MaskRCNN(
+        backbone, min_size=64, max_size=96, rpn_anchor_generator=anchors,
+        box_head=TwoMLPHead(32 * 7 * 7, 32), box_predictor=FastRCNNPredictor(32, 4),
+        mask_head=MaskRCNNHeads(32, (16,), 1), mask_predictor=MaskRCNNPredictor(16, 8, 4),
+        box_detections_per_img=5, rpn_post_nms_top_n_test=20,
+    )  # fmt: skip
+    # Untrained, a mask is as likely as not: all of a box is taken.
+    nn.init.constant_(net.roi_heads.mask_predictor.mask_fcn_logits.bias, 2.0)
+    return net.eval()
+
+
+def images(count: int = 10) -> Tensor:
+    return torch.rand(count, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_runs_on_whole_images_is_mapped() -> None:
+    result = trace(mask_rcnn(), (images(2),))
+    names = [conv.name for conv in result.convs]
+    assert all(name.startswith("backbone.") for name in names)
+    assert {"backbone.body.conv1", "backbone.fpn.layer_blocks.1.0"} <= set(names)
+    assert result.ends == ("backbone", "rpn.head")
+    for name, reason in {
+        "MaskRCNN": "MaskRCNN finds objects in the images",
+        "rpn.head.conv.0.0": "called 3 times in one pass",
+        "roi_heads.box_head.fc6": "runs on what was found in the images, not on whole images",
+        "roi_heads.mask_head.0.0": "runs on what was found in the images, not on whole images",
+    }.items():
+        assert result.skipped[name] == reason
+
+
+def test_networks_that_find_nothing_are_judged_by_all_that_they_return() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1))
+    assert trace(net, (images(2),)).ends == ("",)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_a_detector_goes_through_the_whole_job(norm: type[nn.Module], tmp_path: Path) -> None:
+    net, x = mask_rcnn(norm), images()
+    result = groupconv.optimize(net, x, budget="90%macs", recover="bn", out=tmp_path)
+    assert result.plan.layers
+    report = result.report
+    assert report["macs"]["after"] <= 0.9 * report["macs"]["before"]
+    assert (report["task"], report["output_error"]) == ("detect", None)
+    assert 0 < report["agreement"] <= 1
+    assert 0.5 <= report["overlap"] <= 1
+    assert "objects found again (F1)" in (tmp_path / "report.html").read_text()
+    loaded = groupconv.load(tmp_path, mask_rcnn(norm))
+    with torch.no_grad():
+        for found, again in zip(result.model(x), loaded(x), strict=True):
+            for key in ("boxes", "labels", "scores", "masks"):
+                assert_close(again[key], found[key], rtol=0, atol=0)
+
+
+def test_an_unchanged_detector_finds_the_same() -> None:
+    result = groupconv.apply(mask_rcnn(), images(), groupconv.Plan({}), task="detect")
+    assert (result.report["agreement"], result.report["overlap"]) == (1.0, 1.0)
+
+
+def test_more_objects_are_found_again_after_a_gentler_cut() -> None:
+    net, x = mask_rcnn(), images()
+    gentle, harsh = (
+        groupconv.optimize(net, x, budget=budget).report for budget in ("97%macs", "60%macs")
+    )
+    assert gentle["agreement"] > harsh["agreement"]
