@@ -30,6 +30,8 @@ class System:
         small_budget: of its multiply-adds: many of some are in layers that can't change, or are
             kept so that the survey is short.
         latents: the inputs of a generator for so many images, instead of images.
+        finds: whether it finds objects: then it runs in PyTorch alone, if need be with native code
+            for its parts, and no file format holds it.
     """
 
     make: Callable[[], nn.Module]
@@ -42,6 +44,7 @@ class System:
     small_keep: tuple[str, ...] = ()
     small_budget: str = "70%macs"
     latents: Callable[[bool, int], Tensor] | None = None
+    finds: bool = False
 
     def inputs(self, small: bool, count: int | None = None) -> Tensor:
         """So many inputs, by default as many as are calibrated on; the same at every call."""
@@ -82,6 +85,34 @@ def _small_efficientnet() -> nn.Module:
 
     stages = [MBConvConfig(1, 3, 1, 16, 8, 1), MBConvConfig(6, 5, 2, 8, 16, 2)]
     return EfficientNet(stages, dropout=0.2, last_channel=128)
+
+
+def _mask_rcnn() -> nn.Module:
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    return maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+
+
+def small_mask_rcnn(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """torchvision's, on a pyramid of two levels, with heads of few channels."""
+    from torchvision.models import detection, resnet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm)
+    net = detection.MaskRCNN(
+        BackboneWithFPN(body, {"layer1": "0", "layer2": "1"}, [64, 128], 32),
+        min_size=64, max_size=96,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
+        box_head=TwoMLPHead(32 * 7 * 7, 32), box_predictor=FastRCNNPredictor(32, 4),
+        mask_head=MaskRCNNHeads(32, (16,), 1), mask_predictor=MaskRCNNPredictor(16, 8, 4),
+        box_detections_per_img=5, rpn_post_nms_top_n_test=20,
+    )  # fmt: skip
+    # Untrained, a mask is as likely as not: all of a box is taken.
+    nn.init.constant_(net.roi_heads.mask_predictor.mask_fcn_logits.bias, 2.0)
+    return net
 
 
 def _biggan(classes: int, channels: int) -> nn.Module:
@@ -131,6 +162,10 @@ SYSTEMS: dict[str, System] = {
     "yolov3": System(
         YOLOv3, lambda: YOLOv3(3, 0.125), 65.86e9 / 2, 61.9e6, size=416,
         keep=("first", "heads.*"),
+    ),
+    "mask_rcnn": System(
+        _mask_rcnn, small_mask_rcnn, None, 44_401_393, size=800, small_budget="85%macs",
+        finds=True,
     ),
     "biggan": System(
         lambda: _biggan(_CLASSES, 96), lambda: _biggan(_FEW_CLASSES, 8), None, 70_433_988,

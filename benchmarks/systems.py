@@ -113,11 +113,19 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         },
         "task": report["task"],
         "agreement": report["agreement"],
+        "overlap": report["overlap"],
         "output_error": report["output_error"],
         "psnr": report["psnr"],
         # Checked first, then timed.
-        "files": {s: exported(result.model, one, inputs[1:3], s) for s in options.suffixes},
-        "times": times({"before": net, "after": result.model}, one, options.runtimes),
+        "files": {
+            s: exported(result.model, one, inputs[1:3], s)
+            for s in (() if system.finds else options.suffixes)
+        },
+        "times": times(
+            {"before": net, "after": result.model},
+            one,
+            (NATIVE, "eager") if system.finds else options.runtimes,
+        ),
         "seconds": time.perf_counter() - start,
     }
     return row

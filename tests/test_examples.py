@@ -1,14 +1,12 @@
 """What examples/ has runs as written, on a few images."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples import cifar10
 
 

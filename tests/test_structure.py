@@ -13,7 +13,7 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store", "task"},
+    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store", "task", "observe"},
     {"kernels"},
     {"nn"},
     {"compiler"},
@@ -41,7 +41,8 @@ ORDER = {
         "expression", "weights", "maps", "constants", "fold", "fuse", "reorder", "gather",
         "dissolve", "layout", "padding", "tidy", "passes",
         "steps", "memory", "library", "packed", "task", "convolve", "lower", "runner", "session",
-        "program", "algorithms", "profile", "records", "store", "watch", "compiled", "backend",
+        "program", "algorithms", "profile", "records", "store", "watch", "compiled", "parts",
+        "backend",
     ],
     "compiler/steps": [
         "step", "code", "entry", "channels", "window", "pool", "adaptive", "copy", "row",
@@ -147,6 +148,7 @@ def test_public_names() -> None:
         "apply",
         "bench",
         "compile",
+        "compile_parts",
         "explain",
         "export",
         "load",

@@ -2,6 +2,7 @@
 
 from groupconv import nn
 from groupconv.compiler.compiled import compile, load_compiled
+from groupconv.compiler.parts import compile_parts
 from groupconv.errors import (
     ArgumentError,
     BudgetError,
@@ -44,6 +45,7 @@ __all__ = [
     "apply",
     "bench",
     "compile",
+    "compile_parts",
     "explain",
     "export",
     "load",

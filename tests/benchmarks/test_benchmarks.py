@@ -13,15 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupconv.kernels.spec import ConvSpec
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import kernels, make_shapes
 from benchmarks.engine import Ready
 from benchmarks.kernels_report import summarize
 from benchmarks.machine_peak import Peak
 from benchmarks.peers import ENGINES, OURS, PEERS
 from benchmarks.shapes import FOLDER, Shape, read, write
+from groupconv.kernels.spec import ConvSpec
 
 ROOT = FOLDER.parents[1]
 FILES = sorted(FOLDER.glob("*.csv"))

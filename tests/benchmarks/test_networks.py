@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import networks, zoo
 from benchmarks.alone import measure
 from benchmarks.engine import Ready

@@ -1,12 +1,10 @@
 """The benchmark beside torch-pruning on a network so small that it takes seconds."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 pytest.importorskip("torch_pruning")
 from benchmarks import pruning
 

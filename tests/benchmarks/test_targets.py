@@ -1,12 +1,10 @@
 """The benchmark of targets: what holds and what does not, and a run in two runtimes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import targets
 from benchmarks.targets import ORIGINAL, Row
 from groupconv.timing import Timing

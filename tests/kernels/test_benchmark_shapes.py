@@ -5,14 +5,13 @@ bit, or wrong. Tensors lie between margins of NaN, and the output holds NaN befo
 """
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import FOLDER, Shape, read
 from groupconv.kernels import kernel, tuning
 from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
@@ -21,9 +20,6 @@ from groupconv.kernels.native import Native
 from groupconv.kernels.reference import group_conv_reference
 from groupconv.kernels.request import Request
 from groupconv.kernels.spec import ConvSpec, KernelSpec
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.shapes import FOLDER, Shape, read
 
 # Largest integer, and elements on either side of a tensor.
 _INTEGER, _MARGIN = 31, 1024

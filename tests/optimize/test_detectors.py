@@ -6,37 +6,21 @@ import pytest
 import torch
 from compare import assert_close
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import groupconv
+from benchmarks.literature import small_mask_rcnn
 from groupconv.optimize.trace import trace
 
 pytestmark = pytest.mark.usefixtures("steady_clock")
 
 
-def mask_rcnn(norm: type[nn.Module] = nn.BatchNorm2d) -> MaskRCNN:
-    """torchvision's, on a small pyramid, with statistics of real activations."""
+def mask_rcnn(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """With statistics of real activations."""
     torch.manual_seed(0)
-    body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm)
-    layers = {"layer1": "0", "layer2": "1"}
-    backbone = BackboneWithFPN(body, layers, [64, 128], 32)
+    net = small_mask_rcnn(norm)
     for _ in range(20):
-        backbone(torch.randn(4, 3, 64, 96))
-    anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
-    net = MaskRCNN(
-        backbone, min_size=64, max_size=96, rpn_anchor_generator=anchors,
-        box_head=TwoMLPHead(32 * 7 * 7, 32), box_predictor=FastRCNNPredictor(32, 4),
-        mask_head=MaskRCNNHeads(32, (16,), 1), mask_predictor=MaskRCNNPredictor(16, 8, 4),
-        box_detections_per_img=5, rpn_post_nms_top_n_test=20,
-    )  # fmt: skip
-    # Untrained, a mask is as likely as not: all of a box is taken.
-    nn.init.constant_(net.roi_heads.mask_predictor.mask_fcn_logits.bias, 2.0)
+        net.backbone(torch.randn(4, 3, 64, 96))
     return net.eval()
 
 

@@ -167,6 +167,19 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Comp
         GroupConvError: the network can't be captured.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    check(model)
+    compiled = Compiled(model, Library())
+    with torch.no_grad():
+        compiled.program(*inputs)
+    return compiled
+
+
+def check(model: nn.Module) -> None:
+    """Whether native code can run a model at all.
+
+    Raises:
+        ArgumentError: no, see :func:`compile`.
+    """
     if not runnable():
         raise ArgumentError("compile: no code can be generated for this processor")
     busy = next((name or "model" for name, m in model.named_modules() if m.training), None)
@@ -175,10 +188,6 @@ def compile(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Comp
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise ArgumentError(f"compile: {name} is on {tensor.device}; move the model to the CPU")
-    compiled = Compiled(model, Library())
-    with torch.no_grad():
-        compiled.program(*inputs)
-    return compiled
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -1,10 +1,8 @@
 """The graphs of a model, from torch.export; part by part where the whole can't be exported.
 
-A detector is taken apart too: from the operator on that finds objects it runs on as many rows as it
-found, which an example does not tell, and which are others when a layer has changed.
+A detector is taken apart too: only what runs on whole images has a graph that holds for all images.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from groupconv.errors import GroupConvError
+from groupconv.observe import finds_objects, observe
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,8 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
         GroupConvError: neither the model nor any of its parts has a graph.
     """
     with evaluation_mode(model):
-        with torch.no_grad(), _Finding() as finding:
-            model(*inputs)
         try:
-            if finding.found:
+            if finds_objects(model, inputs):
                 raise GroupConvError(f"{type(model).__name__} finds objects in the images")
             return Captured((Region("", _export(model, inputs, {}), 1),), {}, ("",))
         except GroupConvError as error:
@@ -106,62 +102,22 @@ def _line(error: Exception) -> str:
 
 def _parts(model: nn.Module, inputs: tuple[Tensor, ...], skipped: dict[str, str]) -> Captured:
     """The largest submodules that can be exported and run on whole images."""
-    first: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    calls: Counter[str] = Counter()
-    late: set[str] = set()
-    finding = _Finding()
-    hooks = []
-    for name, module in model.named_modules():
-
-        def note(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            calls[name] += 1
-            first.setdefault(name, (args, kwargs))
-
-        def ended(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            if finding.found:
-                late.add(name)
-
-        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
-        hooks.append(module.register_forward_hook(ended))
-    try:
-        with torch.no_grad(), finding:
-            model(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    seen = observe(model, inputs)
     regions = []
     waiting = [name for name, _ in model.named_children()]
     while waiting:
         name = waiting.pop(0)
         module = model.get_submodule(name)
         try:
-            if name not in first:
+            if name not in seen.first:
                 skipped[name] = "not called"
-            elif name in late:
+            elif name in seen.late:
                 skipped[name] = "runs on what was found in the images, not on whole images"
             else:
-                regions.append(Region(name, _export(module, *first[name]), calls[name]))
+                regions.append(Region(name, _export(module, *seen.first[name]), seen.calls[name]))
                 continue
         except GroupConvError as error:
             skipped[name] = str(error)
         waiting += [f"{name}.{child}" for child, _ in module.named_children()]
-    ends = [region.name for region in regions if region.calls == 1] if finding.found else [""]
+    ends = [region.name for region in regions if region.calls == 1] if seen.found else [""]
     return Captured(tuple(regions), skipped, tuple(ends))
-
-
-class _Finding(TorchDispatchMode):
-    """Whether an operator was run whose output is as large as what its input holds."""
-
-    found = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.found = self.found or _finds(func)
-        return func(*args, **(kwargs or {}))
-
-
-def _finds(operator: Any) -> bool:
-    # Indexing has the tag for its masks alone; it is mostly done by numbers.
-    dynamic = torch.Tag.dynamic_output_shape in getattr(operator, "tags", ())
-    return dynamic and operator is not torch.ops.aten.index.Tensor

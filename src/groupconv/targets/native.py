@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.compiler.compiled import Compiled, compile, load_compiled
+from groupconv.compiler.parts import compile_parts
 from groupconv.errors import ArgumentError, ExportError, GroupConvError
 from groupconv.kernels.machine import runnable
+from groupconv.observe import finds_objects
 from groupconv.targets.base import FileTarget, Opened, opened
 from groupconv.version import __version__
 
@@ -18,7 +20,8 @@ class Native(FileTarget):
     """What :func:`groupconv.compile` makes of a network, on the CPU.
 
     Inputs are given channels last, and so are the outputs: a layer that is timed alone costs what
-    it costs inside of a network.
+    it costs inside of a network. Of a detector the parts before any object is found are compiled;
+    the rest runs in PyTorch.
     """
 
     name = "native"
@@ -32,7 +35,15 @@ class Native(FileTarget):
         return None if runnable() else "no code can be generated for this processor"
 
     def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-        net = _compiled(module, inputs)
+        try:
+            net = _compiled(module, inputs)
+        except ArgumentError:
+            raise
+        except GroupConvError:
+            if not finds_objects(module, inputs):
+                raise
+            parts = compile_parts(module, inputs)
+            return lambda: parts(*inputs)
         ordered = _ordered(net, inputs)
         return lambda: net(*ordered)
 
