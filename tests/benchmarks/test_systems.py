@@ -85,7 +85,10 @@ def test_the_page() -> None:
     found = page([ROW, ROW | {"system": "other", "refused": "can't be met"}])
     assert "| other | 100 | 2.00 |" in found
     assert "- net: .tflite: no such operator" in found
-    assert "same class 98%" in page([ROW | {"psnr": None, "agreement": 0.98}])
+    classes = {"psnr": None, "task": "classify", "agreement": 0.98}
+    assert "same class as original 98%" in page([ROW | classes])
+    objects = {"psnr": None, "task": "detect", "agreement": 0.9, "output_error": None}
+    assert "objects found again (F1) 90%" in page([ROW | objects])
 
 
 def test_an_unknown_system(capsys: pytest.CaptureFixture[str]) -> None:
