@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from examples import cifar10
+from examples import cifar10, detect_shapes
 
 
 def folder(root: Path, per_class: int) -> Path:
@@ -44,3 +44,66 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("groupconv.sweep", None)
     cifar10.main(arguments)
     assert json.loads((out / "cifar10.json").read_text()) == record
+
+
+def test_shapes_lie_in_their_boxes() -> None:
+    images, targets = detect_shapes.draw(20, 64, [], seed=3)
+    assert torch.equal(images, detect_shapes.draw(20, 64, [], seed=3)[0])
+    assert not torch.equal(images, detect_shapes.draw(20, 64, [], seed=4)[0])
+    assert images.shape == (20, 3, 64, 64)
+    assert 0 <= images.min() < images.max() <= 1
+    seen = set()
+    for image, target in zip(images, targets, strict=True):
+        for (left, top, right, bottom), label in zip(
+            target["boxes"].round().int().tolist(), target["labels"].tolist(), strict=True
+        ):
+            assert 0 <= left < right <= 64
+            assert 0 <= top < bottom <= 64
+            # The lower middle is of one colour in every shape.
+            row, middle = (top + 2 * bottom) // 3, (left + right) // 2
+            inside = image[:, row, middle - 1 : middle + 1]
+            assert (inside == inside[:, :1]).all()
+            seen.add(detect_shapes.SHAPES[label])
+    assert seen == set(detect_shapes.SHAPES)
+
+
+def test_maps_of_least_loss_are_the_objects() -> None:
+    _, targets = detect_shapes.draw(4, 128, [], seed=5)
+    maps = [torch.zeros(4, 3 * 8, 128 // s, 128 // s) for s in detect_shapes.STRIDES]
+    for found in maps:
+        found.requires_grad_()
+    optimizer = torch.optim.Adam(maps, 0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        detect_shapes.yolo_loss(maps, targets).backward()
+        optimizer.step()
+    found = detect_shapes.detect([x.detach() for x in maps])
+    assert [x["labels"].sort().values.tolist() for x in found] == [
+        x["labels"].sort().values.tolist() for x in targets
+    ]
+    assert detect_shapes.precision(found, targets) == {
+        "map": pytest.approx(1, abs=0.05), "map_50": pytest.approx(1)
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_detect_shapes(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number in range(3):
+        noise = torch.rand(3, 80, 100, generator=torch.Generator().manual_seed(number))
+        to_pil_image(noise).save(photos / f"{number}.png")
+    detect_shapes.main(
+        [
+            "--photos", str(photos), "--out", str(out), "--images", "64", "--size", "64",
+            "--width", "0.0625", "--epochs", "2", "--budget", "90%macs", "--target", "eager",
+            "--recover", "2s",
+        ]
+    )  # fmt: skip
+    record = json.loads((out / "shapes.json").read_text())
+    assert (record["photos"], record["test_images"]) == (3, 8)
+    assert record["macs"]["after"] <= 0.9 * record["macs"]["before"]
+    assert {"before", "after"} == record["precision"].keys()
+    assert 0 <= record["found_again"]["f1"] <= 1
+    assert str(tmp_path) not in json.dumps(record)
+    assert (out / "shapes.png").stat().st_size > 10_000

@@ -9,13 +9,14 @@ from groupconv.errors import ArgumentError
 
 # Residual blocks of the five stages of Darknet-53 (table 1 of the paper).
 _BLOCKS = (1, 2, 8, 8, 4)
-# Width and height of the boxes that each head starts from, in pixels, the coarsest head first.
-_ANCHORS = (
+# Width and height of the boxes that each head starts from, in pixels, the coarsest head first, and
+# the pixels that one position of its map stands for.
+ANCHORS = (
     ((116, 90), (156, 198), (373, 326)),
     ((30, 61), (62, 45), (59, 119)),
     ((10, 13), (16, 30), (33, 23)),
 )
-_STRIDES = (32, 16, 8)
+STRIDES = (32, 16, 8)
 # Of a box: its centre, its size, and whether there is anything in it.
 _BOX = 5
 
@@ -49,7 +50,7 @@ class YOLOv3(nn.Module):
         def c(channels: int) -> int:
             return round(width * channels)
 
-        outputs = len(_ANCHORS[0]) * (_BOX + num_classes)
+        outputs = len(ANCHORS[0]) * (_BOX + num_classes)
         # Modules stand in the order in which Darknet's files have their weights.
         self.stem = _conv(3, c(32), 3)
         self.stages = nn.ModuleList(
@@ -136,7 +137,7 @@ def decode(maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     from torchvision.ops import box_convert
 
     boxes, objects, classes = [], [], []
-    for found, anchors, stride in zip(maps, _ANCHORS, _STRIDES, strict=True):
+    for found, anchors, stride in zip(maps, ANCHORS, STRIDES, strict=True):
         n, _, h, w = found.shape
         found = found.unflatten(1, (len(anchors), -1)).permute(0, 1, 3, 4, 2)
         y, x = torch.meshgrid(
