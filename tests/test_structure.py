@@ -69,11 +69,12 @@ ORDER = {
         "search", "fit", "structure", "pair", "menu", "align", "budget", "select", "latency",
         "bake", "fold", "convert", "objects", "evaluate", "importance", "sensitivity", "settle",
         "survey", "refit", "plan", "prune", "baselines", "job", "choose", "planning", "beside",
-        "summary", "finish", "start", "pipeline", "study", "sweep",
+        "summary", "finish", "start", "pipeline", "further", "study", "sweep",
     ],
     "cli": [
         "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",
-        "apply", "demo", "compile", "export", "bench", "explain", "cache", "doctor", "app",
+        "apply", "recover", "report", "demo", "compile", "export", "bench", "explain", "cache",
+        "doctor", "app",
     ],
 }  # fmt: skip
 

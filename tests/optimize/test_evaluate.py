@@ -41,6 +41,12 @@ def test_wilson(hits: int, total: int, low: float, high: float) -> None:
     assert interval == pytest.approx((1 - missed[1], 1 - missed[0]))
 
 
+@pytest.mark.parametrize("total", [1, 7, 120, 1000])
+def test_wilson_of_all_or_none_ends_there(total: int) -> None:
+    assert wilson(total, total)[1] == 1
+    assert wilson(0, total)[0] == 0
+
+
 def test_wilson_narrows() -> None:
     assert wilson(5, 10, z=0) == (0.5, 0.5)
     widths = [high - low for low, high in (wilson(n // 2, n) for n in (10, 100, 1000))]

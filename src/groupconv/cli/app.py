@@ -20,6 +20,8 @@ from groupconv.cli import (
     optimize,
     plan,
     profile,
+    recover,
+    report,
     trace,
 )
 from groupconv.cli.console import people
@@ -38,6 +40,8 @@ app.command()(trace.trace)
 app.command()(optimize.optimize)
 app.command()(plan.plan)
 app.command()(apply.apply)
+app.command()(recover.recover)
+app.command()(report.report)
 app.command()(compile.compile)
 app.command()(export.export)
 app.command()(bench.bench)

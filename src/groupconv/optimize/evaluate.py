@@ -155,4 +155,5 @@ def wilson(hits: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     middle = p + z * z / (2 * total)
     spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return (middle - spread) / scale, (middle + spread) / scale
+    # Of all or none of them the share is an end itself, but for rounding.
+    return max(min((middle - spread) / scale, p), 0.0), min(max((middle + spread) / scale, p), 1.0)

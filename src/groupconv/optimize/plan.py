@@ -116,9 +116,23 @@ def save_weights(
     """
     layers = {name: edit.to_dict() for name, edit in edits.items()}
     changes = {"layers": layers, "folded": list(folded), "baked": list(baked)}
-    metadata = {"groupconv": json.dumps(changes)}
+    _save(folder, model, json.dumps(changes))
+
+
+def save_again(folder: Path, model: nn.Module, source: str | Path) -> None:
+    """Write ``model.safetensors`` of a network of the structure that another one has.
+
+    Args:
+        folder: where to.
+        model: as :func:`load` gave it, with other weights.
+        source: where it was loaded from.
+    """
+    _save(folder, model, _changes(source)[1])
+
+
+def _save(folder: Path, model: nn.Module, changes: str) -> None:
     with replacing(folder / WEIGHTS) as temporary:
-        save_model(model, str(temporary), metadata)
+        save_model(model, str(temporary), {"groupconv": changes})
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
@@ -136,17 +150,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises:
         DataError: the folder has no finished result, or it belongs to another network.
     """
-    path = Path(folder)
-    path = path / WEIGHTS if path.is_dir() else path
-    if not path.exists():
-        raise DataError(f"{path} does not exist: not an output folder, or its run did not finish")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get("groupconv")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a whole safetensors file: {error}") from error
-    if text is None:
-        raise DataError(f"{path}: holds weights, but was not written by groupconv")
+    path, text = _changes(folder)
     try:
         changes = json.loads(text)
         folded = [str(name) for name in changes["folded"]]
@@ -162,6 +166,26 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     except (AttributeError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: weights of another network: {error}") from error
     return model.eval()
+
+
+def _changes(folder: str | Path) -> tuple[Path, str]:
+    """The file of weights of an output folder, or itself, and what it says was changed.
+
+    Raises:
+        DataError: there is none that says so.
+    """
+    path = Path(folder)
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.exists():
+        raise DataError(f"{path} does not exist: not an output folder, or its run did not finish")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("groupconv")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DataError(f"{path}: not a whole safetensors file: {error}") from error
+    if text is None:
+        raise DataError(f"{path}: holds weights, but was not written by groupconv")
+    return path, text
 
 
 def _state(model: nn.Module, saved: dict[str, Tensor]) -> dict[str, Tensor]:

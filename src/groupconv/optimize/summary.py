@@ -96,16 +96,7 @@ def summarize(
         "groupconv": __version__,
         "settings": dict(settings),
         "machine": machine(),
-        "accuracy": _pair(quality.accuracy_before, quality.accuracy_after),
-        "accuracy_interval": _pair(quality.interval_before, quality.interval_after),
-        "accuracy_before_recovery": fitted.accuracy_after,
-        "task": quality.task,
-        "agreement": quality.agreement,
-        "agreement_before_recovery": fitted.agreement,
-        "overlap": quality.overlap,
-        "output_error": quality.output_error,
-        "psnr": quality.psnr,
-        "test_images": quality.images,
+        **qualities(fitted, quality),
         "latency": _pair(latency[0].median, latency[1].median),
         "latency_spread": _pair(asdict(latency[0]), asdict(latency[1])),
         "speedup": latency[0].median / latency[1].median,
@@ -116,6 +107,22 @@ def summarize(
         "left_as_they_are": dict(left),
         "recovery": list(recovery),
         "seconds": dict(steps),
+    }
+
+
+def qualities(fitted: Quality, quality: Quality) -> dict[str, Any]:
+    """The entries of a report about a network before and after recovery."""
+    return {
+        "accuracy": _pair(quality.accuracy_before, quality.accuracy_after),
+        "accuracy_interval": _pair(quality.interval_before, quality.interval_after),
+        "accuracy_before_recovery": fitted.accuracy_after,
+        "task": quality.task,
+        "agreement": quality.agreement,
+        "agreement_before_recovery": fitted.agreement,
+        "overlap": quality.overlap,
+        "output_error": quality.output_error,
+        "psnr": quality.psnr,
+        "test_images": quality.images,
     }
 
 

@@ -22,6 +22,9 @@ from groupconv.optimize.study import Study
 from groupconv.recovery import Recovery
 from groupconv.task import AUTO
 
+# In the folder of a sweep, the reports of all budgets.
+FRONTIER = "frontier.json"
+
 
 def sweep(
     model: nn.Module,
@@ -140,6 +143,6 @@ def _write_frontier(folder: Path, results: Sequence[Result]) -> None:
     reports = [result.report for result in results]
     for name, text in (
         ("frontier.html", render_frontier(reports)),
-        ("frontier.json", json.dumps(reports, indent=1)),
+        (FRONTIER, json.dumps(reports, indent=1)),
     ):
         write_text(folder / name, text)
