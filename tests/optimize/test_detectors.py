@@ -54,6 +54,8 @@ def test_a_detector_goes_through_the_whole_job(norm: type[nn.Module], tmp_path: 
     result = groupconv.optimize(net, x, budget="90%macs", recover="bn", out=tmp_path)
     assert result.plan.layers
     report = result.report
+    # The outputs of the pyramid are not the network's.
+    assert "backbone.fpn.layer_blocks.0.0" in {row["name"] for row in report["layers"]}
     assert report["macs"]["after"] <= 0.9 * report["macs"]["before"]
     assert (report["task"], report["output_error"]) == ("detect", None)
     assert 0 < report["agreement"] <= 1

@@ -131,6 +131,11 @@ def _narrow(spec: ConvSpec) -> bool:
 
 
 def _makes_output(mapped: Trace, conv: TracedConv) -> bool:
-    """Whether the channels that a layer writes are those of the network's output."""
+    """Whether the channels that a layer writes are those of the network's output.
+
+    What is seen of a detector ends long before.
+    """
     reasons = {mapped.spaces[space].fixed for space in conv.outputs.spaces}
-    return any(reason is not None and reason.startswith("output of") for reason in reasons)
+    return mapped.ends == ("",) and any(
+        reason is not None and reason.startswith("output of") for reason in reasons
+    )
