@@ -70,7 +70,7 @@ def test_layers_that_do_not_fit_have_passes_of_their_own(monkeypatch: pytest.Mon
 def test_menus_are_kept_layer_by_layer(tmp_path: Path) -> None:
     _, mapped, batches, searches = made()
     convs = [conv for conv in mapped.convs if conv.name in NAMES]
-    options = {"macs": 10**6, "round_to": 2}
+    options = {"macs": 10**6, "at_once": 128, "round_to": 2}
 
     def survey(kept: Store, known: Searches = searches) -> tuple[dict, dict, dict]:
         return menus_and_sensitivities(mapped, convs, known, kept, images(), **options)
@@ -94,7 +94,7 @@ def test_predicted_errors() -> None:
     _, mapped, _, searches = made()
     convs = [conv for conv in mapped.convs if conv.name in NAMES]
     menus, *_ = menus_and_sensitivities(
-        mapped, convs, searches, Store(None, ""), images(), macs=10**6, round_to=1
+        mapped, convs, searches, Store(None, ""), images(), macs=10**6, at_once=128, round_to=1
     )
     groups, pairs = (dict.fromkeys(NAMES, Sensitivity(scale, 1.5)) for scale in (2.0, 3.0))
     known = Survey(menus, groups, pairs, {})
