@@ -30,8 +30,9 @@ _RATE, _LEAST_RATE, _LONG = 3e-3, 3e-4, 500
 # The average looks back over this share of the steps.
 _MEMORY = 0.02
 # The student is scored so often, if that takes no more than this share of the time, and learning
-# ends after so many scores without a lower one.
-_CHECKS, _CHECKS_SHARE, _PATIENCE = 20, 0.1, 8
+# ends after so many scores without a lower one. Those of the first half don't count: while the
+# learning rate is high nothing is gained, and it comes back as the rate falls.
+_CHECKS, _CHECKS_SHARE, _PATIENCE, _HALF = 20, 0.1, 5, 0.5
 # Steps are timed until so many are known, or this share of the time is gone.
 _TIMED, _TIMED_SHARE = 8, 0.05
 _SAVE_EVERY = 30.0
@@ -158,10 +159,11 @@ class _State:
     lowest: float = math.inf
     waited: int = 0
 
-    def better(self, score: float) -> bool:
+    def better(self, score: float, planned: int) -> bool:
         """Take note of the score of this step; whether it is the best, the beginning included."""
         # Not against the beginning: at the full learning rate the scores may be above it.
-        self.waited = 0 if score < self.lowest else self.waited + 1
+        waits = score >= self.lowest and self.step > _HALF * planned
+        self.waited = self.waited + 1 if waits else 0
         self.lowest = min(score, self.lowest)
         if score >= self.after:
             return False
@@ -221,7 +223,7 @@ class _Run:
                 events.tell(
                     "scalars", step=self.name, at=state.step, loss=loss, score=score, rate=rate
                 )
-                if state.better(score):
+                if state.better(score, planned):
                     best = _weights(average.module)
                 if state.waited >= _PATIENCE:
                     stopped = f"no lower loss in {_PATIENCE} checks, at step {state.step}"
