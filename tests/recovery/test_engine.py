@@ -1,0 +1,50 @@
+"""When learning ends, and with which weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from groupconv.recovery.engine import Learned, Lesson, learn
+from groupconv.store import Store
+
+
+def learned(scores: Sequence[float], folder: Path) -> Learned:
+    """Of 40 steps, scored before them and after every second one as given."""
+    store, given = Store(folder, "run"), iter(scores)
+    store.write("stage steps", [40, 20])
+    lesson = Lesson(
+        loss=lambda net, images, labels, generator: net(images).square().mean(),
+        score=lambda net: next(given),
+        loader=DataLoader(TensorDataset(torch.randn(8, 2)), 4),
+        labelled=False,
+        teacher=nn.Linear(2, 2),
+    )
+    return learn(
+        "stage", nn.Linear(2, 2), lesson, seconds=60, learning_rate=None, sync_batch_norm=False,
+        seed=0, store=store,
+    )  # fmt: skip
+
+
+def test_the_first_half_is_learned_whatever_the_scores(tmp_path: Path) -> None:
+    """Fifteen scores above the beginning, which cost nothing: it comes back at the end."""
+    found = learned([1.0, *[2.0] * 14, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], tmp_path)
+    assert found == Learned(40, 40, 40, before=1.0, after=0.4, stopped=None)
+
+
+def test_five_scores_without_a_lower_one_end_the_second_half(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = learned([1.0, 0.5, *[0.6] * 19], tmp_path)
+    why = "no lower loss in 5 checks, at step 30"
+    assert found == Learned(30, 40, 2, before=1.0, after=0.5, stopped=why)
+    assert f"stage ends early, with the weights of step 2: {why}" in caplog.text
+
+
+def test_a_lower_score_is_waited_for_anew(tmp_path: Path) -> None:
+    found = learned([1.0, 0.5, *[0.6] * 12, 0.4, *[0.45] * 6], tmp_path)
+    assert found.best == 28
+    assert found.stopped == "no lower loss in 5 checks, at step 38"
