@@ -1,5 +1,7 @@
 """What networks are for, by which they are compared."""
 
+from groupconv.errors import ArgumentError
+
 AUTO, CLASSIFY, SEGMENT, DETECT, GENERATE = TASKS = (
     "auto", "classify", "segment", "detect", "generate",
 )  # fmt: skip
@@ -13,3 +15,9 @@ AGREEMENT = {
     SEGMENT: "pixels of the same class",
     DETECT: "objects found again (F1)",
 }
+
+
+def check_task(task: str) -> None:
+    """Raise ArgumentError if there is no such task to ask for."""
+    if task not in TASKS:
+        raise ArgumentError(f"task={task!r} must be one of {', '.join(TASKS)}")

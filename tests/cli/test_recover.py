@@ -98,6 +98,8 @@ def test_where_it_may_not_learn(run: Run, optimized: Path) -> None:
     arguments = ("recover", "o", *SHARED, "--time", "1s")
     status, _, err = run(*arguments, "--out", "./o")
     assert (status, "out='o' holds what is to learn: give another folder" in err) == (2, True)
+    status, _, err = run(*arguments, "--task", "count", "--out", "better")
+    assert (status, "task='count' must be one of auto, classify" in err) == (2, True)
     status, _, err = run("recover", "nowhere", *SHARED, "--out", "better")
     assert (status, "nowhere does not exist: not an output folder" in err) == (1, True)
     (optimized / "report.json").write_text("{")

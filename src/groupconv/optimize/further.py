@@ -20,7 +20,7 @@ from groupconv.optimize.summary import qualities, write_report
 from groupconv.optimize.visit import accepted, images_at_once
 from groupconv.recovery import Recovery
 from groupconv.recovery.recover import recover
-from groupconv.task import AUTO
+from groupconv.task import AUTO, check_task
 
 
 def recover_further(
@@ -55,9 +55,10 @@ def recover_further(
     """
     if Path(out).resolve() == Path(folder).resolve():
         raise ArgumentError(f"out={str(out)!r} holds what is to learn: give another folder")
+    check_task(task)
     original = copy.deepcopy(model).eval()
     student = load(folder, copy.deepcopy(model))
-    plan, report = _read(Path(folder))
+    plan, report = read_result(Path(folder))
     source = Source(data, test, max_images, image_size, seed)
     images, held_out = source.load()
     task = task_of(original, held_out.images[:1], task)
@@ -87,7 +88,12 @@ def recover_further(
     return Result(student, plan, report)
 
 
-def _read(folder: Path) -> tuple[Plan, dict[str, Any]]:
+def read_result(folder: Path) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the report of a finished result.
+
+    Raises:
+        DataError: the folder holds none.
+    """
     try:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from groupconv.recovery import Recovery
 from groupconv.recovery.lessons import judged, with_images
 from groupconv.store import claimed, fingerprint
 from groupconv.targets import get_target
-from groupconv.task import TASKS
+from groupconv.task import check_task
 from groupconv.version import __version__
 
 KEEP = (FIRST, LAST)
@@ -42,8 +42,7 @@ class Options:
 
     def __post_init__(self) -> None:
         get_target(self.target)
-        if self.task not in TASKS:
-            raise ArgumentError(f"task={self.task!r} must be one of {', '.join(TASKS)}")
+        check_task(self.task)
         if self.batch_size < 1:
             raise ArgumentError(f"batch_size={self.batch_size!r} must be a positive integer")
         if self.min_accuracy is not None and not 0 <= self.min_accuracy <= 1:

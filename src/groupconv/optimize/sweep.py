@@ -14,8 +14,9 @@ from groupconv.errors import ArgumentError
 from groupconv.files import output_folder, write_text
 from groupconv.optimize.budget import parse_budgets
 from groupconv.optimize.finish import Result
+from groupconv.optimize.further import read_result
 from groupconv.optimize.pipeline import optimize
-from groupconv.optimize.plan import PLAN, REPORT, Plan, load
+from groupconv.optimize.plan import load
 from groupconv.optimize.planning import Planner
 from groupconv.optimize.start import KEEP, Options, Source, check_round_to, end, started, texts
 from groupconv.optimize.study import Study
@@ -131,8 +132,7 @@ def _joined(
 
 def _finished(folder: Path, model: nn.Module) -> Result:
     """The result that a process has written."""
-    plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    plan, report = read_result(folder)
     return Result(load(folder, model), plan, report)
 
 
