@@ -67,7 +67,7 @@ class Record:
 
 def compare(shape: Shape, *, threads: int, seconds: float, peak: Peak) -> Record:
     """Check every engine on one shape, then time those that are right."""
-    weight, bias, input = _tensors(shape.spec)
+    weight, bias, input = tensors(shape.spec)
     reference = group_conv_reference(shape.spec, input, weight, bias)
     ready: dict[str, Ready] = {}
     refused: dict[str, str] = {}
@@ -105,7 +105,8 @@ def compare(shape: Shape, *, threads: int, seconds: float, peak: Peak) -> Record
     )
 
 
-def _tensors(spec: ConvSpec) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(spec: ConvSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, bias and input of a convolution, of usual sizes; the same at every call."""
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(spec.weight_shape, generator=random)
     weight /= weight[0].numel() ** 0.5

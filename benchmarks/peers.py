@@ -99,10 +99,10 @@ def _kernel(
         return y.contiguous()
 
     (kernel,) = native.kernels
-    pointers, buffer = kernel.arguments(x, weights[0], bias, y)
+    record, buffer = kernel.arguments(x, weights[0], bias, y)
 
     def run(buffer: Tensor | None = buffer) -> None:
-        kernel.function(*pointers)
+        kernel.function(record)
 
     layout = ("NLC" if dims == 1 else "NHWC") if last else ("NCL" if dims == 1 else "NCHW")
     return Ready(

@@ -23,7 +23,7 @@ from groupconv.kernels import kernel
 from groupconv.kernels.blocks import blocks
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
-from groupconv.kernels.module import ARGUMENTS, RECORD
+from groupconv.kernels.module import ARGUMENTS, LAYOUT, RECORD
 from groupconv.kernels.spec import ACTIVATIONS, RESIDUALS, ConvSpec, KernelSpec
 from groupconv.kernels.tile import Tile, has_total, strips, sum_channels
 
@@ -545,8 +545,8 @@ def run(case: Case, target: Machine, given: Numbers, memory: Memory | None = Non
     order = None if given.order is None else memory.put(given.order)
     offset = (case.start[0] * size[3] + case.start[1]) * spec.output_stride
     x = from_layout(x, tuple(given.x.shape), last_in, spec.input_stride)
-    pointers, _ = built.arguments(x, packed, bias, y, residual, order, offset)
-    values = list(pointers)
+    record, _ = built.arguments(x, packed, bias, y, residual, order, offset)
+    values = list(LAYOUT.unpack(record))
     # Small kernels would otherwise stay on one thread.
     values[_POSITION["threads"]] = case.threads
     buffer = memory.put(torch.full((case.threads * built.buffer,), math.nan), fixed=False)
@@ -554,16 +554,16 @@ def run(case: Case, target: Machine, given: Numbers, memory: Memory | None = Non
     if case.direct:
         _work(built, values, case.threads)
     else:
-        built.function(*values)
+        built.function(LAYOUT.pack(*values))
     memory.check()
     if last_out:
         check_gaps(y, size, spec.output_stride)
     return from_layout(y, size, last_out, spec.output_stride).clone()
 
 
-def _work(built: Kernel, values: list[int | None], threads: int) -> None:
+def _work(built: Kernel, values: list[int], threads: int) -> None:
     """All threads' parts one after another, the last one first, on a record that none writes to."""
-    record = torch.tensor([value or 0 for value in values[: len(RECORD)]])
+    record = torch.tensor(values[: len(RECORD)])
     before = record.clone()
     work = WORK(built.work)
     for thread in reversed(range(threads)):

@@ -14,7 +14,7 @@ from groupconv.kernels import kernel, openmp
 from groupconv.kernels.candidates import candidates
 from groupconv.kernels.kernel import Kernel
 from groupconv.kernels.machine import Machine, runnable
-from groupconv.kernels.module import ARGUMENTS
+from groupconv.kernels.module import ARGUMENTS, LAYOUT
 from groupconv.kernels.spec import ConvSpec, KernelSpec
 
 every_machine = pytest.mark.parametrize("target", runnable(), ids=lambda target: target.name)
@@ -106,8 +106,9 @@ def test_threads_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _layout(_images(built.spec, 2), True)
     empty = torch.empty(0)
 
-    def asked() -> int | None:
-        return built.arguments(x, empty, None, empty)[0][ARGUMENTS.index("threads")]
+    def asked() -> int:
+        record, _ = built.arguments(x, empty, None, empty)
+        return LAYOUT.unpack(record)[ARGUMENTS.index("threads")]
 
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

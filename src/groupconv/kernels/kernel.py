@@ -24,7 +24,7 @@ class Kernel:
     """One kernel in this process. Safe to call from several threads at once.
 
     Args:
-        function: the machine code; takes ``module.ARGUMENTS``.
+        function: the machine code; takes a record of ``module.ARGUMENTS``.
         work: address of what each thread of it runs, ``void work(record, thread, threads)``, where
             record points at ``module.RECORD``, and thread is below threads.
         buffer: float32 values that each thread needs for staging.
@@ -67,8 +67,8 @@ class Kernel:
         offset: int = 0,
     ) -> None:
         """Compute ``y``; see :meth:`arguments`."""
-        pointers, _buffer = self.arguments(x, packed, bias, y, residual, order, offset)
-        self.function(*pointers)
+        record, _buffer = self.arguments(x, packed, bias, y, residual, order, offset)
+        self.function(record)
 
     def arguments(
         self,
@@ -79,7 +79,7 @@ class Kernel:
         residual: Tensor | None = None,
         order: Tensor | None = None,
         offset: int = 0,
-    ) -> tuple[tuple[int | None, ...], Tensor | None]:
+    ) -> tuple[bytes, Tensor | None]:
         """What ``function`` takes to compute ``y``, and a buffer to keep while it runs.
 
         All tensors are float32 and lie in memory as the spec says: dense, or slices of the channels
@@ -100,22 +100,22 @@ class Kernel:
             threads = 1
         buffer = _buffer(threads * self.buffer) if self.buffer else None
         pool = openmp.pool()
-        pointers = (
+        record = module.LAYOUT.pack(
             x.data_ptr(),
             packed.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            None if residual is None else residual.data_ptr() + 4 * self._beside(offset),
-            None if order is None else order.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if residual is None else residual.data_ptr() + 4 * self._beside(offset),
+            0 if order is None else order.data_ptr(),
             y.data_ptr() + 4 * offset,
-            None if buffer is None else buffer.data_ptr(),
+            0 if buffer is None else buffer.data_ptr(),
             images,
             self.tile.rows,
             self.tile.blocks,
             self.buffer,
             threads,
-            *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (None,) * 3),
+            *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (0, 0, 0)),
         )
-        return pointers, buffer
+        return record, buffer
 
     def _beside(self, offset: int) -> int:
         """Element of an image of the residual at the pixel where ``offset`` is in one of y."""
