@@ -28,12 +28,14 @@ class Ready:
             convolution may have a row axis of size 1.
         layout: in which form the engine takes and gives its images.
         spin: seconds that its worker threads stay busy after a pass, waiting for the next one.
+        kept: memory that a pass works in and that nothing else holds.
     """
 
     run: Callable[[], object]
     output: Callable[[], Tensor]
     layout: str
     spin: float = 0.0
+    kept: object = None
 
 
 # (spec, weight, bias, input as contiguous (N, C, *), threads) -> the engine, or why it can't run.

@@ -1,5 +1,6 @@
 """The engines of the comparison: PyTorch, the runtimes that serve convolutions, and ours."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -101,15 +102,13 @@ def _kernel(
     (kernel,) = native.kernels
     record, buffer = kernel.arguments(x, weights[0], bias, y)
 
-    def run(buffer: Tensor | None = buffer) -> None:
-        kernel.function(record)
-
     layout = ("NLC" if dims == 1 else "NHWC") if last else ("NCL" if dims == 1 else "NCHW")
     return Ready(
-        run=run,
+        run=functools.partial(kernel.function, record),
         output=output,
         layout=layout,
         spin=OPENMP_SPIN if threads > 1 else 0.0,
+        kept=buffer,
     )
 
 

@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 if something doesn't hold."""
     options = _arguments(arguments)
     console = Console(width=160)
+    record = {
+        "machine": machine(),
+        "versions": versions(_LIBRARIES),
+        **commit(),
+        "settings": {key: str(value) for key, value in vars(options).items()},
+    }
     rows: list[dict[str, Any]] = []
     for name in options.systems:
         row = run(name, options)
@@ -56,17 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(_table([row]))
         for fault in faults(row):
             console.print(f"{name}: {fault}")
-    if options.json:
-        record = {
-            "machine": machine(),
-            "versions": versions(_LIBRARIES),
-            **commit(),
-            "settings": {key: str(value) for key, value in vars(options).items()},
-            "systems": rows,
-        }
-        write_text(options.json, json.dumps(record, indent=1) + "\n")
-    if options.page:
-        write_text(options.page, page(rows))
+        # After each system: an hour's work must not hang on the last one.
+        if options.json:
+            write_text(options.json, json.dumps({**record, "systems": rows}, indent=1) + "\n")
+        if options.page:
+            write_text(options.page, page(rows))
     return int(any(faults(row) for row in rows))
 
 

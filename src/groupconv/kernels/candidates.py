@@ -116,7 +116,7 @@ def _in_memory_order(spec: KernelSpec, machine: Machine) -> list[Tile]:
 
 def _small(spec: KernelSpec, machine: Machine) -> list[Tile]:
     """Tiles of few pixels, which have used what they loaded before it is pushed out."""
-    shapes = [(2, 4, 2, False), (2, 1, 4, False), (2, 2, 2, False), (4, 2, 2, False)]
+    shapes = [(2, 4, 2, False), (4, 2, 2, False), (2, 1, 4, False), (2, 2, 2, False)]
     return _tiles(spec, machine, shapes)
 
 
