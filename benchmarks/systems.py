@@ -116,6 +116,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "overlap": report["overlap"],
         "output_error": report["output_error"],
         "psnr": report["psnr"],
+        "steps": report["seconds"],
         # Checked first, then timed.
         "files": {
             s: exported(result.model, one, inputs[1:3], s)

@@ -13,7 +13,19 @@ SOURCE = Path(groupconv.__file__).parent
 
 # From the ground up: a package may import those before it, and `models` and `data` stand by `nn`.
 LEVELS = [
-    {"errors", "files", "version", "timing", "busy", "events", "ranks", "store", "task", "observe"},
+    {
+        "errors",
+        "files",
+        "version",
+        "timing",
+        "busy",
+        "events",
+        "ranks",
+        "store",
+        "task",
+        "observe",
+        "memory_format",
+    },
     {"kernels"},
     {"nn"},
     {"compiler"},

@@ -109,10 +109,12 @@ def test_every_batch_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "images"), [(1, 128), (224 * 224, 128), (2048 * 2048, 2), (1 << 24, 1)]
+    ("pixels", "near", "far"),
+    [(1, 128, 128), (224 * 224, 7, 128), (2048 * 2048, 1, 2), (1 << 24, 1, 1)],
 )
-def test_fewer_large_images_at_once(pixels: int, images: int) -> None:
-    assert images_at_once(pixels) == images
+def test_fewer_large_images_at_once(pixels: int, near: int, far: int) -> None:
+    assert images_at_once(pixels, torch.device("cpu")) == near
+    assert images_at_once(pixels, torch.device("cuda")) == far
 
 
 def test_all_tensors_that_have_a_row_for_each_image() -> None:

@@ -158,9 +158,6 @@ def test_loss_is_that_of_the_weights(
     assert_close(found.dense(), weight, rtol=1e-9, atol=1e-9)
     if start is not None:
         assert found.loss <= lost(problem, composed(sides, shape, *start)) + 1e-9
-    known = fit_pair(problem, shape, sweeps=sweeps, start=start, best=problem.best())
-    assert torch.equal(known.first, found.first)
-    assert torch.equal(known.second, found.second)
 
 
 @pytest.mark.parametrize("kind", ITERATED)

@@ -11,7 +11,7 @@ from groupconv.data import Images
 from groupconv.errors import DataError
 from groupconv.optimize.cost import tensors_in
 from groupconv.optimize.objects import holds_objects, match_all
-from groupconv.optimize.visit import accepted, images_at_once, outputs
+from groupconv.optimize.visit import BATCH, accepted, outputs
 from groupconv.task import AUTO, CLASSIFY, DETECT, GENERATE, OTHER, SEGMENT
 
 _RETURNED = {
@@ -59,7 +59,7 @@ def compare(
     converted: nn.Module,
     test: Images,
     task: str = AUTO,
-    at_once: int = images_at_once(1),
+    at_once: int = BATCH,
 ) -> Quality:
     """Measure both networks on the same images.
 

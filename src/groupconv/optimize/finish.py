@@ -185,7 +185,7 @@ class Finish:
 
     def _quality(self, net: nn.Module) -> Quality:
         """How good a network is beside the original."""
-        at_once = images_at_once(self.job.pixels)
+        at_once = images_at_once(self.job.pixels, self.job.device)
         return compare(self.job.model, net, self.held_out, self.task, at_once)
 
     def _rows(

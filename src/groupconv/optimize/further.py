@@ -64,7 +64,7 @@ def recover_further(
     task = task_of(original, held_out.images[:1], task)
     one = images.images[:1].to(next(original.parameters()).device)
     with torch.inference_mode(), accepted(one):
-        at_once = images_at_once(largest_map(one, original(one)))
+        at_once = images_at_once(largest_map(one, original(one)), one.device)
     fitted = ranks.on_first(lambda: compare(original, student, held_out, task, at_once))
     stages = recover(
         student,

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from groupconv import ranks
 from groupconv.busy import require_quiet
 from groupconv.data import Images, largest_map
+from groupconv.memory_format import fastest_format
 from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.fold import fold_permutations
@@ -22,7 +23,7 @@ from groupconv.optimize.importance import output_importance
 from groupconv.optimize.moments import Sampling
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
-from groupconv.optimize.visit import accepted
+from groupconv.optimize.visit import accepted, images_at_once
 from groupconv.recovery import lessons
 from groupconv.store import Store, fingerprint
 from groupconv.targets import LatencyTable, Target
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 
 _MOMENT_IMAGES = 2_048
 _MAX_POSITIONS = 20_000
-# Images of a batch, at most, and pixels: the activations of 41 images of 224 x 224 take about 1 GB.
-_BATCH, _PIXELS = 128, 1 << 21
 # A backward pass keeps all activations of a batch.
 _IMPORTANCE_IMAGES, _IMPORTANCE_BATCH = 64, 16
 
@@ -85,6 +84,7 @@ class Job:
             image = self.example(1)
             with torch.inference_mode(), accepted(image):
                 self.pixels = largest_map(image, model(image))
+            self._format = fastest_format(image, model)
             model, self.baked = bake(model)
             if self.baked:
                 log.info("norms of weights made plain: %s", ", ".join(self.baked))
@@ -104,7 +104,7 @@ class Job:
             names = [conv.name for conv in self.mapped.convs]
             size = min(_IMPORTANCE_BATCH, lessons.batch_size(self.pixels))
             sample = self.images.images[:_IMPORTANCE_IMAGES].split(size)
-            batches = (batch.to(self.device) for batch in sample)
+            batches = map(self.ready, sample)
             self.importance = output_importance(self.model, names, batches, seed, self.mapped.ends)
         self.searches = Searches(self.model, self.mapped.convs, self.sampling, self.importance)
 
@@ -159,6 +159,10 @@ class Job:
         index = torch.arange(batch) % len(self.images)
         return self.images.images[index].to(self.device)
 
+    def ready(self, images: Tensor) -> Tensor:
+        """Images on the device of the network, in the order in memory that it takes fastest."""
+        return images.to(self.device).contiguous(memory_format=self._format)
+
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Note how long a step takes."""
@@ -168,11 +172,6 @@ class Job:
         log.info("%s: %.1f s", name, self.steps[name])
 
     def _moment_batches(self) -> Iterator[Tensor]:
-        for batch in _parts(self.images.images[:_MOMENT_IMAGES], self.pixels):
-            yield batch.to(self.device)
-
-
-def _parts(items: Tensor, pixels: int) -> Sequence[Tensor]:
-    """Batches of nearly equal size: a last one of a single image would break batch norm."""
-    size = min(_BATCH, max(_PIXELS // pixels, 2))
-    return items.tensor_split(math.ceil(len(items) / size))
+        size = images_at_once(self.pixels, self.device)
+        images = self.images.images[:_MOMENT_IMAGES]
+        yield from map(self.ready, images.tensor_split(math.ceil(len(images) / size)))

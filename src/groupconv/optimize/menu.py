@@ -87,10 +87,9 @@ def menu(
     candidates += _grouped(conv, search, free, round_to)
     # A pair is fitted to the layer's own moments, which a very wide layer has not.
     if search.problem.exact:
-        best = search.problem.best()
         for shape in pair_shapes(conv.spec):
             if all(_rounded(spec, round_to) for spec in shape.specs(conv.spec)):
-                fitted = fit_pair(search.problem, shape, sweeps=SWEEPS, best=best)
+                fitted = fit_pair(search.problem, shape, sweeps=SWEEPS)
                 candidates.append(Candidate(shape, fitted.loss))
     return candidates
 

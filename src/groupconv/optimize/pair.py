@@ -95,7 +95,6 @@ def fit_pair(
     *,
     sweeps: int,
     start: tuple[Tensor, Tensor] | None = None,
-    best: Tensor | None = None,
 ) -> PairFit:
     """The weights of a pair that lose least, or near it; no sweep loses more than the one before.
 
@@ -106,7 +105,6 @@ def fit_pair(
             weights are the best there are.
         start: first and second weights to go on from, such as those of a shorter fit; by default
             the leading components of each block of the best dense weights.
-        best: ``problem.best()``, where it is known already.
     """
     assert len(problem.t) == problem.out_channels, "a reduced problem is not the layer's own"
     assert problem.in_channels % shape.groups == shape.middle % shape.groups == 0
@@ -114,7 +112,7 @@ def fit_pair(
     assert shape.middle % shape.pointwise_groups == 0
     steps = _Steps(problem, shape)
     if start is None or shape.groups == 1:
-        first, second = steps.start(problem.best() if best is None else best)
+        first, second = steps.start(problem.best)
     else:
         first = start[0].unflatten(0, (shape.groups, -1))
         second = start[1].unflatten(0, (shape.pointwise_groups, -1))

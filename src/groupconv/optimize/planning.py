@@ -15,7 +15,7 @@ from groupconv.optimize.latency import layer_times
 from groupconv.optimize.moments import EXACT
 from groupconv.optimize.plan import Plan
 from groupconv.optimize.settle import searched, settle
-from groupconv.optimize.survey import Survey, menus_and_sensitivities
+from groupconv.optimize.survey import TRIAL_IMAGES, Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.optimize.visit import images_at_once
 
@@ -49,9 +49,9 @@ class Planner:
                 convs,
                 job.searches,
                 job.store("survey", round_to, [conv.name for conv in convs]),
-                job.images.images.to(job.device),
+                job.ready(job.images.images[:TRIAL_IMAGES]),
                 macs=job.macs,
-                at_once=images_at_once(job.pixels),
+                at_once=images_at_once(job.pixels, job.device),
                 round_to=round_to,
             )
         with job.step("measure"):

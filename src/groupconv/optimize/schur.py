@@ -8,6 +8,7 @@ the Schur complement of H_SS in the outputs' covariance.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class Regression:
         """``(R, D)``, covariance of the outputs with the inputs."""
         return self.system[:, len(self.system) :].T
 
+    @cached_property
     def best(self) -> Tensor:
         """``(R, D)``: the best map where nothing is cut, T H^-1."""
         return torch.cholesky_solve(self.t.T, torch.linalg.cholesky(self.h)).T
@@ -132,7 +134,7 @@ class Regression:
         blocks = self.h.reshape(in_channels, taps, in_channels, taps)
         channels = torch.einsum("atbt->ab", blocks) / taps
         within = torch.einsum("asat->st", blocks) / channels.trace()
-        best = self.best().reshape(self.out_channels, in_channels, taps)
+        best = self.best.reshape(self.out_channels, in_channels, taps)
         return _separable(channels, within, best)
 
 

@@ -75,7 +75,7 @@ class Search:
         self.reduced = problem if problem.taps == 1 else problem.separable()
         h = self.reduced.h
         # Energy of an output through one channel alone.
-        through = self.reduced.best().square() * h.diagonal()
+        through = self.reduced.best.square() * h.diagonal()
         self.energy = through.reshape(problem.out_channels, -1, problem.in_channels).sum(1).numpy()
         deviation = h.diagonal().sqrt()
         self._found: dict[tuple[int, Effort, Order | None, Order | None], Found] = {}

@@ -21,7 +21,7 @@ from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.structure import DENSE, Layer, Pair, dense_weight
-from groupconv.optimize.visit import images_at_once, outputs
+from groupconv.optimize.visit import BATCH, outputs
 
 # Losses outside these change the output by too little to be measured, or leave nothing of it.
 _LEAST, _MOST = 1e-4, 0.5
@@ -66,7 +66,7 @@ class Trials:
         images: Tensor,
         importance: Mapping[str, Tensor] | None = None,
         ends: Sequence[str] = ("",),
-        at_once: int = images_at_once(1),
+        at_once: int = BATCH,
     ) -> None:
         self.model, self.importance = model, importance or {}
         self.outputs = partial(outputs, model, images, ends, at_once)

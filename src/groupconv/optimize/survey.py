@@ -27,7 +27,7 @@ _SUMS_BYTES = 1 << 30
 # Multiply-adds to spend on trying cuts in the network, and the images to try them on.
 _TRIAL_MACS = 2e12
 _TRIALS = 4
-_TRIAL_IMAGES = (8, 256)
+_LEAST_IMAGES, TRIAL_IMAGES = 8, 256
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def menus_and_sensitivities(
         convs: layers that can be cut.
         searches: of the layers.
         store: of the run.
-        images: ``(N, C, H, W)``, to try cuts on.
+        images: ``(N, C, H, W)``, to try cuts on: :data:`TRIAL_IMAGES` at most.
         macs: of the network, for one image.
         at_once: images per forward pass.
         round_to: see :func:`menu`.
@@ -149,9 +149,8 @@ def menus_and_sensitivities(
     )
     missing = {conv.name: conv for conv in convs if known[conv.name] is None}
     if missing:
-        least, most = _TRIAL_IMAGES
         count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
-        images = images[: min(max(count, least), most)]
+        images = images[: max(count, _LEAST_IMAGES)]
         trials = Trials(searches.model, images, searches.importance, mapped.ends, at_once)
     mine: dict[str, Any] = {}
     share = searches.each(missing, spread=True)

@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from groupconv.errors import DataError
 from groupconv.optimize.cost import tensors_in
 
-# Images per forward pass, and positions of their largest maps together.
-_BATCH, _PIXELS = 128, 1 << 23
+# Images per forward pass.
+BATCH = 128
+# Positions of the largest maps of a pass, and on a processor that has caches to keep them in: seven
+# images of 224 x 224 pass in half the time of seven among thirty-two.
+_PIXELS, _NEAR_PIXELS = 1 << 23, 3 << 17
 
 
-def images_at_once(pixels: int) -> int:
+def images_at_once(pixels: int, device: torch.device) -> int:
     """How many images to run at once where the largest map of one has so many positions."""
-    return max(1, min(_BATCH, _PIXELS // pixels))
+    most = _NEAR_PIXELS if device.type == "cpu" else _PIXELS
+    return max(1, min(BATCH, most // pixels))
 
 
 class Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass that has done its job
@@ -62,7 +66,7 @@ def visit(
 
 @torch.inference_mode()
 def outputs(
-    model: nn.Module, images: Tensor, ends: Sequence[str] = ("",), at_once: int = _BATCH
+    model: nn.Module, images: Tensor, ends: Sequence[str] = ("",), at_once: int = BATCH
 ) -> list[Tensor]:
     """What some modules of a network, or itself, return for all images, on the CPU in float32.
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from groupconv import ranks
 from groupconv.data import Images
 from groupconv.errors import ArgumentError
+from groupconv.memory_format import fastest_format
 from groupconv.recovery.augment import augment
 from groupconv.recovery.engine import Lesson, learn, parts
 from groupconv.recovery.features import Feature, Taps
@@ -181,7 +182,9 @@ class School:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         taps = self._taps(student, apart=apart)
-        layout = self._layout(student)
+        home = next(self.teacher.parameters()).device
+        sample = self.held_out.images[:2].to(home)
+        layout = fastest_format(sample, self.teacher, student)
         moved = self.options.augment
         moved = bool(self.classes) and self.options.loss is None if moved is None else moved
 
@@ -200,7 +203,6 @@ class School:
                     return taps.loss()
                 return self._outputs_loss(net, images, labels, taps)
 
-        home = next(self.teacher.parameters()).device
         try:
             learned = learn(
                 name,
@@ -217,24 +219,6 @@ class School:
         log.info("%s: %d steps, loss %.4f -> %.4f", name, learned.steps, learned.before,
                  learned.after)  # fmt: skip
         return {"stage": name, **asdict(learned), "seconds": time.perf_counter() - start}
-
-    def _layout(self, student: nn.Module) -> torch.memory_format:
-        """Channels last, in which convolutions learn faster, unless a network asks for others.
-
-        A forward pass that calls ``view`` may not take it.
-        """
-        sample = self.held_out.images[:2].to(next(self.teacher.parameters()).device)
-        if sample.ndim != 4:
-            return torch.contiguous_format
-        sample = sample.contiguous(memory_format=torch.channels_last)
-        try:
-            with torch.no_grad():
-                for net in (self.teacher, student):
-                    net(sample)
-        except RuntimeError as error:
-            log.info("channels are not last in memory: %s", error)
-            return torch.contiguous_format
-        return torch.channels_last
 
     def _taps(self, student: nn.Module, *, apart: bool) -> Taps:
         # A loss of the user's is all that counts when the whole network learns.
