@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from groupconv import events
 from groupconv.recovery.engine import Learned, Lesson, learn
 from groupconv.store import Store
 
@@ -48,3 +50,34 @@ def test_a_lower_score_is_waited_for_anew(tmp_path: Path) -> None:
     found = learned([1.0, 0.5, *[0.6] * 12, 0.4, *[0.45] * 6], tmp_path)
     assert found.best == 28
     assert found.stopped == "no lower loss in 5 checks, at step 38"
+
+
+def test_small_batches_take_small_steps(tmp_path: Path) -> None:
+    def rate(batch: int) -> float:
+        """After half of 500 steps, from a loss of 1."""
+        folder = tmp_path / str(batch)
+        folder.mkdir(exist_ok=True)
+        store = Store(folder, "run")
+        store.write("stage steps", [500, 2])
+        lesson = Lesson(
+            loss=lambda net, images, labels, generator: net(images).square().mean(),
+            score=lambda net: 1.0,
+            loader=DataLoader(TensorDataset(torch.randn(128, 2)), batch),
+            labelled=False,
+            teacher=nn.Linear(2, 2),
+        )
+        found: list[float] = []
+
+        def hear(kind: str, values: dict[str, Any]) -> None:
+            if kind == "scalars":
+                found.append(values["rate"])
+
+        with events.listening(hear):
+            learn(
+                "stage", nn.Linear(2, 2), lesson, seconds=60, learning_rate=None,
+                sync_batch_norm=False, seed=0, store=store,
+            )  # fmt: skip
+        return found[0]
+
+    assert rate(16) == pytest.approx(rate(64) / 4)
+    assert rate(128) == pytest.approx(rate(64))

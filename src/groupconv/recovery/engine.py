@@ -24,9 +24,11 @@ _WEIGHT_DECAY = 1e-4
 # Gradients longer than this are shortened: a cut network's first steps are its steepest.
 _CLIP = 5.0
 _WARM_UP = 0.05
-# The learning rate at its peak, for a loss of 1 at the beginning and so many steps or more. A
-# student that has lost little is thrown back by steps as long as one that has lost all needs.
-_RATE, _LEAST_RATE, _LONG = 3e-3, 3e-4, 500
+# The learning rate at its peak, for a loss of 1 at the beginning, so many steps or more, and so
+# many images a batch or more. A student that has lost little is thrown back by steps as long as one
+# that has lost all needs, and so is one that learns from small batches, whose gradients are noisy
+# (Goyal et al. 2017, https://arxiv.org/abs/1706.02677).
+_RATE, _LEAST_RATE, _LONG, _FULL = 3e-3, 3e-4, 500, 64
 # The average looks back over this share of the steps.
 _MEMORY = 0.02
 # The student is scored so often, if that takes no more than this share of the time, and learning
@@ -205,8 +207,9 @@ class _Run:
             first = self._score(self.student)
             state = _State(before=first, after=first)
         if not self.chosen:
+            batch = self.lesson.loader.batch_size or _FULL
             needed = _RATE * min(state.before, 1.0) * min(planned / _LONG, 1.0)
-            self.peak = max(needed, _LEAST_RATE)
+            self.peak = max(needed * min(batch / _FULL, 1.0), _LEAST_RATE)
         check = max(planned // checks, 1)
         stopped = None
         for batch in self._batches(state.step, planned):
