@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kernels, make_shapes
+from benchmarks import kernel_threads, kernels, make_shapes
 from benchmarks.engine import Ready
 from benchmarks.kernels_report import summarize
 from benchmarks.machine_peak import Peak
@@ -99,7 +99,7 @@ def _engine(output: Tensor, calls: list[str]) -> Ready:
 
 
 def _right(shape: Shape) -> Tensor:
-    weight, bias, input = kernels._tensors(shape.spec)
+    weight, bias, input = kernels.tensors(shape.spec)
     return kernels.group_conv_reference(shape.spec, input, weight, bias).float()
 
 
@@ -218,3 +218,21 @@ sys.meta_path.insert(0, Blocked())
     assert record["ratio"] == pytest.approx(
         record["times"][record["best_peer"]]["median"] / record["times"][OURS]["median"]
     )
+
+
+def test_threads_are_compared_on_long_and_on_short_shapes() -> None:
+    records = [
+        {"shape": name, "one": one, "several": one / gain, "gain": gain}
+        for name, one, gain in (("a", 1e-3, 2.0), ("b", 4e-4, 1.5), ("c", 5e-6, 1.0))
+    ]
+    found = kernel_threads.summarize(records)
+    assert found["long"]["shapes"] == 2
+    assert found["long"]["gain"] == pytest.approx(3**0.5)
+    assert found["long"]["least"] == {"shape": "b", "gain": 1.5}
+    assert found["short"] == {"shapes": 1, "gain": 1.0, "least": {"shape": "c", "gain": 1.0}}
+
+
+def test_a_shape_on_one_thread_and_on_two() -> None:
+    shape = read(FOLDER / "mixnet_s.csv")[0]
+    found = kernel_threads.compare(shape, threads=2, seconds=0.0)
+    assert found["gain"] == found["one"] / found["several"] > 0
