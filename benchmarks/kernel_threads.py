@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.engine import Ready, time_in_turn
-from benchmarks.kernels import tensors
+from benchmarks.kernels import WARM_PASSES, tensors
 from benchmarks.peers import groupconv
 from benchmarks.provenance import commit, versions
 from benchmarks.shapes import FOLDER, Shape, read
@@ -27,7 +26,6 @@ from groupconv.timing import machine
 # The seconds on one thread above which the whole gain is expected: below it, handing work over
 # takes a part of the time that shows.
 LONG = 200e-6
-_WARM_PASSES = 3
 
 
 def compare(shape: Shape, *, threads: int, seconds: float) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def compare(shape: Shape, *, threads: int, seconds: float) -> dict[str, Any]:
             raise RuntimeError(f"{shape}: {engine}")
         run = functools.partial(_on, count, engine.run)
         ready[str(count)] = dataclasses.replace(engine, run=run)
-    times = time_in_turn(ready, seconds=seconds, threads=threads, warm_passes=_WARM_PASSES)
+    times = time_in_turn(ready, seconds=seconds, threads=threads, warm_passes=WARM_PASSES)
     one, several = (times[name].median for name in ready)
     return {"shape": str(shape), "one": one, "several": several, "gain": one / several}
 
@@ -68,7 +66,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", nargs="+", type=Path, metavar="FILE", help="default: all")
@@ -101,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "summary": summary,
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

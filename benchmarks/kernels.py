@@ -32,7 +32,7 @@ from groupconv.timing import Timing, machine
 # Largest error over the root mean square of the result. Half precision anywhere goes beyond it.
 TOLERANCE = 2e-4
 # Untimed passes before each timed one: after one, caches still hold the last engine's data.
-_WARM_PASSES = 3
+WARM_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare(shape: Shape, *, threads: int, seconds: float, peak: Peak) -> Record
         elif isinstance(engine, Ready):
             ready[name] = engine
     times = (
-        time_in_turn(ready, seconds=seconds, threads=threads, warm_passes=_WARM_PASSES)
+        time_in_turn(ready, seconds=seconds, threads=threads, warm_passes=WARM_PASSES)
         if ready
         else {}
     )

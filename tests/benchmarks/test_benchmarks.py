@@ -235,4 +235,5 @@ def test_threads_are_compared_on_long_and_on_short_shapes() -> None:
 def test_a_shape_on_one_thread_and_on_two() -> None:
     shape = read(FOLDER / "mixnet_s.csv")[0]
     found = kernel_threads.compare(shape, threads=2, seconds=0.0)
+    assert found["shape"] == str(shape)
     assert found["gain"] == found["one"] / found["several"] > 0

@@ -1,6 +1,7 @@
 """When learning ends, and with which weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from groupconv.recovery.engine import Learned, Lesson, learn
 from groupconv.store import Store
 
 
-def learned(scores: Sequence[float], folder: Path) -> Learned:
-    """Of 40 steps, scored before them and after every second one as given."""
+def run(scores: Iterable[float], folder: Path, *, steps: int, checks: int, batch: int) -> Learned:
+    """A stage of so many steps and scores, which are given; the first is that of the beginning."""
     store, given = Store(folder, "run"), iter(scores)
-    store.write("stage steps", [40, 20])
+    store.write("stage steps", [steps, checks])
     lesson = Lesson(
         loss=lambda net, images, labels, generator: net(images).square().mean(),
         score=lambda net: next(given),
-        loader=DataLoader(TensorDataset(torch.randn(8, 2)), 4),
+        loader=DataLoader(TensorDataset(torch.randn(2 * batch, 2)), batch),
         labelled=False,
         teacher=nn.Linear(2, 2),
     )
@@ -29,6 +30,11 @@ def learned(scores: Sequence[float], folder: Path) -> Learned:
         "stage", nn.Linear(2, 2), lesson, seconds=60, learning_rate=None, sync_batch_norm=False,
         seed=0, store=store,
     )  # fmt: skip
+
+
+def learned(scores: Sequence[float], folder: Path) -> Learned:
+    """Of 40 steps, scored before them and after every second one as given."""
+    return run(scores, folder, steps=40, checks=20, batch=4)
 
 
 def test_the_first_half_is_learned_whatever_the_scores(tmp_path: Path) -> None:
@@ -55,28 +61,16 @@ def test_a_lower_score_is_waited_for_anew(tmp_path: Path) -> None:
 def test_small_batches_take_small_steps(tmp_path: Path) -> None:
     def rate(batch: int) -> float:
         """After half of 500 steps, from a loss of 1."""
-        folder = tmp_path / str(batch)
-        folder.mkdir(exist_ok=True)
-        store = Store(folder, "run")
-        store.write("stage steps", [500, 2])
-        lesson = Lesson(
-            loss=lambda net, images, labels, generator: net(images).square().mean(),
-            score=lambda net: 1.0,
-            loader=DataLoader(TensorDataset(torch.randn(128, 2)), batch),
-            labelled=False,
-            teacher=nn.Linear(2, 2),
-        )
         found: list[float] = []
 
         def hear(kind: str, values: dict[str, Any]) -> None:
             if kind == "scalars":
                 found.append(values["rate"])
 
+        folder = tmp_path / str(batch)
+        folder.mkdir(exist_ok=True)
         with events.listening(hear):
-            learn(
-                "stage", nn.Linear(2, 2), lesson, seconds=60, learning_rate=None,
-                sync_batch_norm=False, seed=0, store=store,
-            )  # fmt: skip
+            run(repeat(1.0), folder, steps=500, checks=2, batch=batch)
         return found[0]
 
     assert rate(16) == pytest.approx(rate(64) / 4)

@@ -207,9 +207,9 @@ class _Run:
             first = self._score(self.student)
             state = _State(before=first, after=first)
         if not self.chosen:
-            batch = self.lesson.loader.batch_size or _FULL
+            images = self.lesson.loader.batch_size or _FULL
             needed = _RATE * min(state.before, 1.0) * min(planned / _LONG, 1.0)
-            self.peak = max(needed * min(batch / _FULL, 1.0), _LEAST_RATE)
+            self.peak = max(needed * min(images / _FULL, 1.0), _LEAST_RATE)
         check = max(planned // checks, 1)
         stopped = None
         for batch in self._batches(state.step, planned):
