@@ -24,6 +24,8 @@ from groupconv.timing import interleave
 
 # Seconds in which a layer is tuned.
 _BUDGET = 0.25
+# Times that each candidate runs before it is timed, and is timed at least.
+_UNTIMED, _MIN_RUNS = 2, 2
 # Seconds below which it matters what the caches hold.
 _SHORT = 2e-3
 # Ratio of two times below which they are the same.
@@ -123,14 +125,15 @@ def _measure(
     calls: dict[str, Callable[[], None]] = {}
     single = compiling = 0.0
     for tile in choices:
-        # Each is run five times at least, and the next takes about as long to compile as the last.
-        ahead = compiling * (tile.code not in codes) + 5 * single * (len(kernels) + 1)
+        # The next may take half as long again to compile as the slowest; then all are timed.
+        ahead = 1.5 * compiling * (tile.code not in codes)
+        ahead += (_UNTIMED + _MIN_RUNS) * single * (len(calls) + 2)
         started = time.perf_counter()
         if kernels and started - begun + ahead > _BUDGET:
             break
         if tile.code not in codes:
             codes[tile.code] = kernel.compile(spec, machine, tile)
-            compiling = time.perf_counter() - started
+            compiling = max(compiling, time.perf_counter() - started)
         kernels.append(kernel.load(spec, machine, tile, codes[tile.code]))
         run = call(kernels[-1])
         run()
@@ -142,8 +145,8 @@ def _measure(
             # The caches shall hold what this kernel uses, its own weights too.
             calls[f"{tile} warms up"] = run
         calls[str(tile)] = run
-    left = max(0.0, _BUDGET - (time.perf_counter() - begun))
-    times = interleave(calls, seconds=left, min_runs=2, max_runs=60)
+    left = _BUDGET - (time.perf_counter() - begun) - _UNTIMED * single * len(calls)
+    times = interleave(calls, seconds=left, min_runs=_MIN_RUNS, max_runs=60)
     firsts = [times[str(made.tile)].q1 / (_AHEAD if made.tile.ahead else 1) for made in kernels]
     # What looked better on paper wins where the clock can't tell.
     best = next(i for i, q1 in enumerate(firsts) if q1 <= _NOISE * min(firsts))
