@@ -16,8 +16,8 @@ from groupconv.kernels.spec import legal_groups
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.baselines import plain_cut, pruned, random_groups
 from groupconv.optimize.cost import count_macs
-from groupconv.optimize.moments import Sampling
 from groupconv.optimize.prune import importance, prunable, prune, strongest
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.trace import trace
 
 GROUPS = {"conv1": 4, "conv2": 2}

@@ -16,13 +16,14 @@ from groupconv.kernels.spec import legal_groups
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.convert import Converted, convert
 from groupconv.optimize.fit import fit
-from groupconv.optimize.moments import Sampling, layer_moments
+from groupconv.optimize.moments import layer_moments
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.refit import refit
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
 from groupconv.optimize.structure import Grouped, Pair
-from groupconv.optimize.trace import Trace, trace
+from groupconv.optimize.trace import Addend, Trace, trace
 from groupconv.store import Store
 
 
@@ -221,7 +222,8 @@ def test_planted_layer_alone() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_means_survive_the_refit(seed: int) -> None:
-    """With weights that are truly cut, every layer's mean output is the original's.
+    """With weights that are truly cut, every layer's mean output is the original's, or that of its
+    sum with what is added to it.
 
     Where a batch norm follows a layer without bias it takes the mean, else the layer has a bias.
     """
@@ -235,13 +237,18 @@ def test_means_survive_the_refit(seed: int) -> None:
         read = conv.batch_norm or conv.name
         had_bias = model.get_submodule(conv.name).bias is not None
         assert converted.edits[conv.name].bias == (had_bias or conv.batch_norm is None)
-        old, new = (
-            capture(net, [read], x)[read][1].mean((0, 2, 3)) for net in (model, converted.model)
-        )
-        name, order = placed.conv.name, placed.channels_out
-        if (restored := converted.edits[name].order_out) is not None:
-            order = [order[i] for i in restored]
-        assert_close(new, old[list(order)], rtol=1e-4, atol=1e-4)
+        old, new = (mean_written(net, read, conv.added, x) for net in (model, converted.model))
+        assert_close(new, old[list(placed.channels_after)], rtol=1e-4, atol=1e-4)
+
+
+def mean_written(model: nn.Module, name: str, added: Addend | None, x: Tensor) -> Tensor:
+    """Of what a module writes, and of what is added to that."""
+    names = [name] if added is None else [name, added.module]
+    found = capture(model, names, x)
+    written = found[name][1]
+    if added is not None:
+        written = written + found[added.module][added.output]
+    return written.mean((0, 2, 3))
 
 
 def test_names_that_cannot_be_converted() -> None:

@@ -14,15 +14,10 @@ from traced import capture
 from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.covariance import Moments, SeparableMoments
-from groupconv.optimize.moments import (
-    EXACT,
-    Sampling,
-    Targets,
-    group_moments,
-    layer_moments,
-    sample,
-)
+from groupconv.optimize.moments import EXACT, group_moments, layer_moments
+from groupconv.optimize.sampling import Sampling, sample
 from groupconv.optimize.trace import trace
+from groupconv.optimize.wanted import Targets
 
 
 def spec_of(layer: nn.Module, x: Tensor) -> ConvSpec:
@@ -144,7 +139,7 @@ def test_inputs_of_one_network_and_outputs_of_another() -> None:
     x = torch.randn(4, 3, 5, 5)
     conv = trace(original, (x,)).convs[1]
     once = sampling([x])
-    targets = Targets(original, [conv], once)
+    targets = Targets(original, [conv], once, {})
     (moments,) = layer_moments(current, [(conv, "2")], once, targets)
     with torch.no_grad():
         u = current[:2](x).movedim(1, -1).reshape(-1, 4).double()
@@ -185,7 +180,7 @@ def test_each_group_sees_its_own(groups: int) -> None:
     (whole,) = layer_moments(model, [(conv, "0")], some)
     assert whole.count == 100
     outputs = torch.tensor([3, 1, 0, 2])
-    targets = Targets(model, [conv], some)
+    targets = Targets(model, [conv], some, {})
     parts = group_moments(
         model, (conv, "0"), some, targets, groups=groups, outputs=outputs.tolist()
     )
@@ -234,12 +229,12 @@ def test_targets_are_read_for_several_layers_at_once(
         passes.append(1)
         return x.split([4, 2])
 
-    monkeypatch.setattr(sys.modules["groupconv.optimize.moments"], "_TARGETS_BYTES", room)
+    monkeypatch.setattr(sys.modules["groupconv.optimize.wanted"], "_TARGETS_BYTES", room)
     some = Sampling(batches, images=6, max_positions=60, seed=0)
-    targets = Targets(model, convs, some)
+    targets = Targets(model, convs, some, {})
     for i, conv in enumerate(convs):
         for number, (batch, y) in enumerate(
-            zip(x.split([4, 2]), targets.of(conv.name).values(), strict=True)
+            zip(x.split([4, 2]), targets.of(conv).values(), strict=True)
         ):
             whole = model[: i + 1](batch).detach()
             image, *place = some.places(number, whole.shape)

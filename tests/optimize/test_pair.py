@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.covariance import LayerSums
-from groupconv.optimize.moments import sample
 from groupconv.optimize.pair import Pair, fit_pair, pair_shapes
+from groupconv.optimize.sampling import sample
 from groupconv.optimize.schur import RIDGE, Regression, scale
 from groupconv.optimize.trace import trace
 

@@ -19,8 +19,8 @@ from traced import Net, capture, conv, found
 from groupconv.errors import ArgumentError
 from groupconv.optimize import fit as fit_module
 from groupconv.optimize.cost import count_macs
-from groupconv.optimize.moments import Sampling
 from groupconv.optimize.prune import importance, prunable, prune, refit_pruned, strongest
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.structure import channels
 from groupconv.optimize.trace import Trace, trace
 

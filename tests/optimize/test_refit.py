@@ -12,10 +12,10 @@ from planted import plant_groups, plant_pair
 from torch import Tensor, nn
 
 from groupconv.optimize.convert import Converted, Settled, convert
-from groupconv.optimize.moments import Sampling
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.plan import load, save_weights
 from groupconv.optimize.refit import refit
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.structure import Grouped, Pair
 from groupconv.optimize.trace import trace
 from groupconv.store import Store

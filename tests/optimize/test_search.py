@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from groupconv.optimize.covariance import LayerSums, Moments
 from groupconv.optimize.fit import fit
-from groupconv.optimize.moments import sample
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.sampling import sample
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import SCREEN, THOROUGH, Search
 from groupconv.optimize.trace import trace

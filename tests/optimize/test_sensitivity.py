@@ -13,9 +13,9 @@ from traced import Net
 from groupconv.errors import DataError
 from groupconv.optimize.covariance import LayerSums, Moments, SeparableMoments, SeparableSums
 from groupconv.optimize.menu import SWEEPS, Candidate
-from groupconv.optimize.moments import sample
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.sampling import sample
 from groupconv.optimize.schur import RIDGE, Regression, scale
 from groupconv.optimize.sensitivity import Sensitivity, Trials, refitted
 from groupconv.optimize.structure import DENSE, Grouped, Pair

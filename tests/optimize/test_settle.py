@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from groupconv.kernels.spec import legal_groups
 from groupconv.optimize.convert import Converted, Settled, convert, structure_of
 from groupconv.optimize.menu import Candidate, by_priority, freedom, menu
-from groupconv.optimize.moments import Sampling
 from groupconv.optimize.pair import pair_shapes
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.settle import complete, settle, sketch
 from groupconv.optimize.structure import DENSE, Grouped, Pair
 from groupconv.optimize.survey import Searches

@@ -9,7 +9,8 @@ from compare import assert_close
 from networks import Residual, images, residual
 from torch import Tensor
 
-from groupconv.optimize.moments import Sampling, layer_moments
+from groupconv.optimize.moments import layer_moments
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.sensitivity import Sensitivity
 from groupconv.optimize.structure import Pair

@@ -6,6 +6,7 @@ small to be shared are done by the first thread; the others wait only where they
 
 import ctypes
 import functools
+import struct
 
 from groupconv.kernels import cache, jit
 from groupconv.kernels.emit import Emitter
@@ -14,16 +15,16 @@ from groupconv.kernels.machine import Machine, runnable
 # A step of the list, eight bytes each: the function, its record, how many threads may share it,
 # and whether all threads meet after it.
 STEP = ("function", "record", "threads", "meet")
-# What the loop is called with: the list, its length, threads, and functions of the OpenMP runtime.
+# What the loop is called with, a record too: from Python, one pointer costs less than seven
+# arguments. The list, its length, threads, and functions of the OpenMP runtime.
 ARGUMENTS = ("steps", "count", "threads", "parallel", "barrier", "thread_number", "thread_count")
+LAYOUT = struct.Struct(f"{len(ARGUMENTS)}Q")
 _INTEGERS = ("count", "threads")
-_PROTOTYPE = ctypes.CFUNCTYPE(
-    None, *(ctypes.c_int64 if name in _INTEGERS else ctypes.c_void_p for name in ARGUMENTS)
-)
+_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
 def emit(machine: Machine, name: str) -> str:
-    """The module of ``void @name(ARGUMENTS)``."""
+    """The module of ``void @name(ptr record)``, record of :data:`ARGUMENTS`."""
     parts = [_entry(machine, name), _member(machine, name), _steps(machine, name)]
     declarations = set().union(*(part.declarations for part, _ in parts))
     texts = [text for _, text in parts]
@@ -31,32 +32,23 @@ def emit(machine: Machine, name: str) -> str:
 
 
 def _entry(machine: Machine, name: str) -> tuple[Emitter, str]:
-    """Put the arguments into a record and walk, alone or in a parallel region."""
+    """Walk, alone or in a parallel region."""
     e = Emitter(machine)
-    record = e.let(f"alloca [{len(ARGUMENTS)} x i64]")
-    for i, argument in enumerate(ARGUMENTS):
-        kind = "i64" if argument in _INTEGERS else "ptr"
-        place = e.let(f"getelementptr i64, ptr {record}, i64 {i}")
-        e.do(f"store {kind} %{argument}, ptr {place}")
+    _unpack(e)
     with e.when(e.let("icmp sgt i64 %threads, 1")):
         threads = e.let("trunc i64 %threads to i32")
-        e.do(f"call void %parallel(ptr @{name}_member, ptr {record}, i32 {threads}, i32 0)")
+        e.do(f"call void %parallel(ptr @{name}_member, ptr %record, i32 {threads}, i32 0)")
         e.do("ret void")
         e.unreachable("alone")
     e.do(f"call void @{name}_steps(ptr %steps, i64 %count, ptr %barrier, i64 0, i64 1)")
     e.do("ret void")
-    parameters = ", ".join(
-        f"{'i64' if argument in _INTEGERS else 'ptr'} %{argument}" for argument in ARGUMENTS
-    )
-    return e, f"define void @{name}({parameters}) nounwind {{\n{e.text()}\n}}\n"
+    return e, f"define void @{name}(ptr %record) nounwind {{\n{e.text()}\n}}\n"
 
 
 def _member(machine: Machine, name: str) -> tuple[Emitter, str]:
     """What every thread of the region runs."""
     e = Emitter(machine)
-    for i, argument in enumerate(ARGUMENTS):
-        kind = "i64" if argument in _INTEGERS else "ptr"
-        e.do(f"%{argument} = load {kind}, ptr {e.let(f'getelementptr i64, ptr %record, i64 {i}')}")
+    _unpack(e)
     thread, team = (
         e.let(f"sext i32 {e.let(f'call i32 %{function}()')} to i64")
         for function in ("thread_number", "thread_count")
@@ -64,6 +56,13 @@ def _member(machine: Machine, name: str) -> tuple[Emitter, str]:
     e.do(f"call void @{name}_steps(ptr %steps, i64 %count, ptr %barrier, i64 {thread}, i64 {team})")
     e.do("ret void")
     return e, f"define internal void @{name}_member(ptr %record) nounwind {{\n{e.text()}\n}}\n"
+
+
+def _unpack(e: Emitter) -> None:
+    """Values of ``%record`` under the names of :data:`ARGUMENTS`."""
+    for i, argument in enumerate(ARGUMENTS):
+        kind = "i64" if argument in _INTEGERS else "ptr"
+        e.do(f"%{argument} = load {kind}, ptr {e.let(f'getelementptr i64, ptr %record, i64 {i}')}")
 
 
 def _steps(machine: Machine, name: str) -> tuple[Emitter, str]:
@@ -106,7 +105,7 @@ def object_code(machine: Machine) -> bytes:
 
 @functools.cache
 def runner(machine: Machine | None = None) -> jit.Function:
-    """``run(steps, count, threads, parallel, barrier, thread_number, thread_count)``."""
+    """``run(record)``, record of :data:`ARGUMENTS`."""
     machine = machine or runnable()[0]
     symbol = name(machine)
     return _PROTOTYPE(jit.known(symbol) or jit.address(object_code(machine), symbol))

@@ -15,7 +15,7 @@ from torch import Tensor
 from groupconv.compiler.graph import Graph, Input, Value
 from groupconv.compiler.library import WORTH_SHARING
 from groupconv.compiler.memory import Memory, Storage
-from groupconv.compiler.runner import STEP, runner
+from groupconv.compiler.runner import LAYOUT, STEP, runner
 from groupconv.compiler.task import Call, Task, empty, view
 from groupconv.kernels import openmp
 
@@ -55,12 +55,7 @@ class Session:
         self.constants = list(graph.constants.values())
         self._write_records()
         self._run = runner()
-        pool = openmp.pool()
-        self._pool = (
-            (pool.parallel, pool.barrier, pool.thread_number, pool.thread_count)
-            if pool
-            else (None,) * 4
-        )
+        self._arguments = {part: self._pack(part) for part in self.parts if isinstance(part, Run)}
 
     def _write_records(self) -> None:
         starts = np.cumsum([0, *(len(task.record) for task in self.tasks)])
@@ -132,10 +127,23 @@ class Session:
 
     def _do(self, part: Run | Call, frame: "_Frame") -> None:
         if isinstance(part, Run):
-            place = self.steps.ctypes.data + 8 * len(STEP) * part.first
-            self._run(place, part.stop - part.first, self.threads, *self._pool)
+            self._run(self._arguments.get(part) or self._pack(part))
         else:
             frame.call(part)
+
+    def _pack(self, part: Run) -> bytes:
+        """What the runner is called with."""
+        pool = openmp.pool()
+        return LAYOUT.pack(
+            self.steps.ctypes.data + 8 * len(STEP) * part.first,
+            part.stop - part.first,
+            self.threads,
+            *(
+                (pool.parallel, pool.barrier, pool.thread_number, pool.thread_count)
+                if pool
+                else (0,) * 4
+            ),
+        )
 
 
 class _Frame:

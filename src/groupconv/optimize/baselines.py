@@ -12,10 +12,10 @@ from torch import nn
 
 from groupconv.errors import ArgumentError, BudgetError, DataError
 from groupconv.optimize.convert import convert
-from groupconv.optimize.moments import Sampling
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.prune import importance, prunable, prune, refit_pruned, strongest
 from groupconv.optimize.refit import refit
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.trace import Trace
 from groupconv.store import Store
 

@@ -74,12 +74,14 @@ class Placed:
         module: name of the new convolution, ``name`` or ``name.conv``; of a pair the first.
         channels_in, channels_out: original channel at each position of its input and output; of
             a pair, the output of the second.
+        channels_after: the same for what follows, an explicit permutation included.
     """
 
     conv: TracedConv
     module: str
     channels_in: tuple[int, ...]
     channels_out: tuple[int, ...]
+    channels_after: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,8 @@ class Converted:
         """What the changed layers write, or the batch norms after them, in both networks."""
         found = []
         for where in self.placed:
-            channels, order = where.channels_out, self.edits[where.conv.name].order_out
-            if order is not None:
-                channels = tuple(channels[i] for i in order)
             module = where.conv.batch_norm or where.conv.name
-            found.append(Feature(module, module, channels))
+            found.append(Feature(module, module, where.channels_after))
         return tuple(found)
 
     @property
@@ -153,7 +152,7 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
     for conv in trace.convs:
         before, after = orders.channels(conv.inputs), orders.channels(conv.outputs)
         if conv.name not in layers:
-            placed.append(Placed(conv, conv.name, before, after))
+            placed.append(Placed(conv, conv.name, before, after, after))
             continue
         order_in = order_out = None
         channels_in, channels_out = before, after
@@ -173,7 +172,7 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
         edits[conv.name] = edit
         apply_edits(net, {conv.name: edit})
         split = isinstance(net.get_submodule(conv.name), nn.Sequential)
-        where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out)
+        where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out, after)
         if isinstance(edit.structure, Grouped):
             _cut(layer, net.get_submodule(where.module), where, edit.structure.groups)
         placed.append(where)

@@ -20,7 +20,7 @@ from groupconv.optimize.bake import bake
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.fold import fold_permutations
 from groupconv.optimize.importance import output_importance
-from groupconv.optimize.moments import Sampling
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.survey import Searches
 from groupconv.optimize.trace import trace
 from groupconv.optimize.visit import accepted, images_at_once

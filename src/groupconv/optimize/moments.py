@@ -1,175 +1,24 @@
 """Second moments of layers, streamed: never more in memory than the sums and one batch."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groupconv import ranks
-from groupconv.errors import ArgumentError
-from groupconv.kernels.spec import ConvSpec
 from groupconv.optimize.covariance import (
     LayerSums,
     Moments,
     SeparableMoments,
     SeparableSums,
 )
+from groupconv.optimize.sampling import Sampling, inputs_at, outputs_at
 from groupconv.optimize.trace import TracedConv
 from groupconv.optimize.visit import visit
-
-# Outputs of the original kept in memory at once.
-_TARGETS_BYTES = 1 << 29
+from groupconv.optimize.wanted import Added, Targets
 
 # Inputs per position, D, up to which their covariance is kept whole: 170 MB in float64.
 EXACT = 4_608
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Where positions are taken from.
-
-    Args:
-        batches: makes the batches of images ``(N, C, H, W)``, in the same order on every call.
-        images: how many images there are in them.
-        max_positions: to sample of each layer, spread evenly over the images.
-        seed: of the choice.
-    """
-
-    batches: Callable[[], Iterable[Tensor]]
-    images: int
-    max_positions: int
-    seed: int
-
-    def share(self) -> Iterator[tuple[int, int, Tensor]]:
-        """The batches of this process: number, images before it, and the batch itself."""
-        before = 0
-        for number, batch in enumerate(self.batches()):
-            if number % ranks.count() == ranks.rank():
-                yield number, before, batch
-            before += len(batch)
-
-    def places(self, number: int, shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Positions of a batch, the same whenever they are asked for.
-
-        Args:
-            number: of the batch.
-            shape: of the tensor, ``(N, C, *size)``.
-
-        Returns:
-            The image, and the position on each axis, of shape ``(P,)`` each.
-        """
-        generator = torch.Generator().manual_seed((self.seed << 20) + number)
-        count = math.ceil(self.max_positions * shape[0] / self.images)
-        return _places(shape, count, generator)
-
-
-def sample(
-    spec: ConvSpec, x: Tensor, y: Tensor, positions: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """im2col vectors and outputs at random positions of a batch, or at all if there are fewer.
-
-    Args:
-        spec: of the convolution; its batch and input size are taken from ``x`` instead.
-        x: ``(N, C_in, *size)``, input of the convolution, not padded.
-        y: ``(N, C_out, *out_size)``.
-        positions: at most this many.
-        generator: picks them.
-
-    Returns:
-        u of shape ``(P, C_in * prod(k))``, y of shape ``(P, C_out)`` and the image in the batch
-        that each position is from, of shape ``(P,)``.
-
-    Raises:
-        ArgumentError: the convolution is a transposed one.
-    """
-    place = _places(y.shape, positions, generator)
-    return _inputs_at(spec, x, tuple(y.shape[2:]), place), _outputs_at(y, place), place[0]
-
-
-def _places(shape: Sequence[int], positions: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Image and position on each axis, of some or all positions of a tensor ``(N, C, *size)``."""
-    count, _, *size = shape
-    total = count * math.prod(size)
-    if positions < total:
-        flat = torch.randperm(total, generator=generator)[:positions]
-    else:
-        flat = torch.arange(total)
-    return torch.unravel_index(flat, (count, *size))
-
-
-def _inputs_at(
-    spec: ConvSpec, x: Tensor, out_size: tuple[int, ...], place: tuple[Tensor, ...]
-) -> Tensor:
-    """``(P, C_in * prod(k))``: what a convolution sees at some positions of its output."""
-    if spec.transposed:
-        raise ArgumentError(
-            f"moments: transposed=True ({spec.in_channels} -> {spec.out_channels} channels): "
-            "only convolutions that are not transposed can be fitted"
-        )
-    x = F.pad(x, [n for pair in reversed(spec.padding) for n in pair])
-    spatial = x.stride()[2:]
-    windows = x.as_strided(
-        (*x.shape[:2], *out_size, *spec.kernel_size),
-        (
-            *x.stride()[:2],
-            *(a * s for a, s in zip(spatial, spec.stride, strict=True)),
-            *(a * d for a, d in zip(spatial, spec.dilation, strict=True)),
-        ),
-    )
-    # Channels last, so that one index picks all channels of a position.
-    return windows.movedim(1, len(out_size) + 1)[place].flatten(1)
-
-
-def _outputs_at(y: Tensor, place: tuple[Tensor, ...]) -> Tensor:
-    """``(P, C_out)``."""
-    return y.movedim(1, -1)[place]
-
-
-class Targets:
-    """The original network's outputs at the sampled positions, read for several layers at once.
-
-    Args:
-        original: in evaluation mode.
-        convs: its layers, in the order in which they will be asked for.
-        sampling: of the calibration images.
-    """
-
-    def __init__(
-        self, original: nn.Module, convs: Sequence[TracedConv], sampling: Sampling
-    ) -> None:
-        self.original, self.convs, self.sampling = original, list(convs), sampling
-        self._known: dict[str, dict[int, Tensor]] = {}
-
-    def of(self, name: str) -> dict[int, Tensor]:
-        """``(P, C_out)`` of each batch of this process, by its number.
-
-        Those of layers asked for before are forgotten.
-        """
-        if name not in self._known:
-            self._known.clear()
-            self._read([conv.name for conv in self.convs].index(name))
-        return self._known[name]
-
-    @torch.no_grad()
-    def _read(self, first: int) -> None:
-        names: list[str] = []
-        size = 0
-        for conv in self.convs[first:]:
-            size += 4 * self.sampling.max_positions * conv.spec.out_channels
-            if names and size > _TARGETS_BYTES:
-                break
-            names.append(conv.name)
-        self._known = {name: {} for name in names}
-        for number, _, batch in self.sampling.share():
-
-            def keep(name: str, _: Tensor, y: Tensor, number: int = number) -> None:
-                place = self.sampling.places(number, y.shape)
-                self._known[name][number] = _outputs_at(y, place)
-
-            visit(self.original, names, batch, keep)
 
 
 def layer_moments(
@@ -258,18 +107,29 @@ def _sample(
     Args:
         add: takes the index of the layer, inputs, outputs, and the numbers of their images.
     """
-    wanted = [None if targets is None else targets.of(conv.name) for conv, _ in layers]
+    totals = [{} if targets is None else targets.of(conv) for conv, _ in layers]
     index = {name: i for i, (_, name) in enumerate(layers)}
     for number, before, batch in sampling.share():
+        added = Added([] if targets is None else [conv for conv, _ in layers], sampling, number)
 
         def take(
-            name: str, x: Tensor, y: Tensor, number: int = number, before: int = before
+            name: str,
+            x: Tensor,
+            y: Tensor,
+            number: int = number,
+            before: int = before,
+            added: Added = added,
         ) -> None:
+            added.see(name, x, y)
+            if name not in index:
+                return
             i = index[name]
-            place = sampling.places(number, y.shape)
-            target = wanted[i]
-            u = _inputs_at(layers[i][0].spec, x, tuple(y.shape[2:]), place)
-            outputs = _outputs_at(y, place) if target is None else target[number]
+            conv, place = layers[i][0], sampling.places(number, y.shape)
+            u = inputs_at(conv.spec, x, tuple(y.shape[2:]), place)
+            if targets is None:
+                outputs = outputs_at(y, place)
+            else:
+                outputs = targets.less(conv, totals[i][number], added)
             add(i, u, outputs, place[0] + before)
 
-        visit(model, list(index), batch, take)
+        visit(model, [*index, *added.modules], batch, take)

@@ -19,10 +19,12 @@ from torch.func import functional_call
 from groupconv.errors import ArgumentError
 from groupconv.optimize.cost import tensors_in
 from groupconv.optimize.fit import fit_groups
-from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments
+from groupconv.optimize.moments import EXACT, group_moments
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.spaces import Axis, Member
 from groupconv.optimize.structure import Layer, channels, layout
 from groupconv.optimize.trace import Trace, TracedConv
+from groupconv.optimize.wanted import Targets
 
 _Conv = nn.modules.conv._ConvNd
 _Norm = nn.modules.batchnorm._NormBase
@@ -190,7 +192,8 @@ def refit_pruned(
         DataError: activations are not finite.
     """
     losses = {}
-    targets = Targets(original, trace.convs, sampling)
+    writes_now = {conv.name: _stays(conv.outputs, kept).tolist() for conv in trace.convs}
+    targets = Targets(original, trace.convs, sampling, writes_now)
     for conv in _refittable(trace, kept):
         module = pruned.get_submodule(conv.name)
         assert isinstance(module, Layer)
@@ -202,7 +205,7 @@ def refit_pruned(
             sampling,
             targets,
             groups=1,
-            outputs=_stays(conv.outputs, kept).tolist(),
+            outputs=writes_now[conv.name],
         )
         result = fit_groups(parts, module.weight)
         module.weight.copy_(result.weight)

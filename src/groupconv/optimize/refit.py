@@ -1,7 +1,7 @@
 """Sequential refit: each layer in turn, on the inputs that the layers before it now give.
 
-The target is always the *original* network's output at that layer, so a later layer also repairs
-what earlier ones lost; layers that were not changed do, too.
+The target is what the *original* network computes there (see :mod:`groupconv.optimize.wanted`), so
+a later layer also repairs what earlier ones lost; layers that were not changed do, too.
 """
 
 import hashlib
@@ -18,10 +18,12 @@ from groupconv import events, ranks
 from groupconv.optimize.convert import Converted, Edit, Placed
 from groupconv.optimize.covariance import Moments
 from groupconv.optimize.fit import fit_groups
-from groupconv.optimize.moments import EXACT, Sampling, Targets, group_moments, layer_moments
+from groupconv.optimize.moments import EXACT, group_moments, layer_moments
 from groupconv.optimize.pair import fit_pair
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.structure import Layer, Pair, dense_weight
+from groupconv.optimize.wanted import Targets
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,12 @@ def refit(
     """
     net, history = converted.model, ""
     losses: dict[str, float] = {}
-    targets = Targets(original, [placed.conv for placed in converted.convs], sampling)
+    targets = Targets(
+        original,
+        [placed.conv for placed in converted.convs],
+        sampling,
+        {placed.conv.name: placed.channels_after for placed in converted.convs},
+    )
     convs = events.followed("refit", converted.convs, len(converted.convs))
     for placed in convs:
         name, edit = placed.conv.name, converted.edits.get(placed.conv.name)

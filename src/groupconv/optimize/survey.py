@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from groupconv import events, ranks
 from groupconv.optimize.covariance import Moments, SeparableMoments
 from groupconv.optimize.menu import Candidate, freedom, menu
-from groupconv.optimize.moments import EXACT, Sampling, layer_moments
+from groupconv.optimize.moments import EXACT, layer_moments
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
 from groupconv.optimize.sensitivity import Sensitivity, Trials

@@ -18,7 +18,20 @@ from groupconv.optimize.capture import Captured, Region, capture
 from groupconv.optimize.rules import Rule, apply
 from groupconv.optimize.spaces import Axis, Member, Space
 from groupconv.optimize.ties import Cells
-from groupconv.optimize.walk import Call, Walk, operator
+from groupconv.optimize.walk import Call, Walk, arguments, operator, shape
+
+
+@dataclass(frozen=True)
+class Addend:
+    """A tensor by the module that it passes; the module runs once per forward pass.
+
+    Args:
+        module: qualified name.
+        output: whether it is what the module writes, or else what it reads.
+    """
+
+    module: str
+    output: bool
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,8 @@ class TracedConv:
         batch_norm: name of the batch norm that alone reads the output, or None.
         then: the operators that follow, each the only reader of what is before it.
         inputs, outputs: what stands on its channel axes.
+        added: what is added to its output, or to its batch norm's, and known before it runs; None
+            if nothing is.
     """
 
     name: str
@@ -39,6 +54,7 @@ class TracedConv:
     then: tuple[str, ...]
     inputs: Axis
     outputs: Axis
+    added: Addend | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,15 @@ def _assemble(walk: Walk, captured: Captured) -> Trace:
     axes = [cells for call in found for cells in (call.reads, call.writes)]
     spaces, runs, members = members_of(walk, axes)
     convs = tuple(
-        TracedConv(call.name, call.layer, _following_norm(walk, call.node), _then(call.node), a, b)
+        TracedConv(
+            call.name,
+            call.layer,
+            _following_norm(walk, call.node),
+            _then(call.node),
+            a,
+            b,
+            _added(walk, call, found),
+        )
         for call, a, b in zip(found, runs[0::2], runs[1::2], strict=True)
         if isinstance(call.layer, ConvSpec)
     )
@@ -139,6 +163,31 @@ def _following_norm(walk: Walk, node: fx.Node) -> str | None:
         return None
     owner, _, parameter = (walk.name(mean) or "").rpartition(".")
     return owner if parameter == "running_mean" else None
+
+
+def _added(walk: Walk, call: Call, calls: Sequence[Call]) -> Addend | None:
+    """What is added to the output of a layer, behind its batch norm if it has one."""
+    end = call.node if _following_norm(walk, call.node) is None else next(iter(call.node.users))
+    (reader, *others) = end.users or (end,)
+    if others or operator(reader).rstrip("_") != "add" or arguments(reader)["alpha"] != 1:
+        return None
+    terms = [node for node in reader.all_input_nodes if node is not end]
+    if len(terms) != 1 or shape(terms[0]) != shape(end):
+        return None
+    (term,) = terms
+    # Seen too early, a tensor that is changed in place would be another.
+    if any(operator(user).endswith("_") and user is not reader for user in term.users):
+        return None
+    for other in calls:
+        if other.node is call.node or walk.before(other.node, call.node):
+            norm = _following_norm(walk, other.node)
+            if other.node.args[0] is term and walk.caller(term) != other.name:
+                return Addend(other.name, output=False)
+            if norm is None and other.node is term:
+                return Addend(other.name, output=True)
+            if norm is not None and term in other.node.users:
+                return Addend(norm, output=True)
+    return None
 
 
 def _then(node: fx.Node) -> tuple[str, ...]:

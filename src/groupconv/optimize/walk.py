@@ -155,6 +155,10 @@ class Walk:
                         cells = layer.cells.unique().numpy()
                         self.ties.fix(cells[cells >= 0], reason)
 
+    def before(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether a node runs before another."""
+        return self._numbers[node] < self._numbers[other]
+
     def call(self, node: fx.Node) -> Hashes:
         """A number of this call, to tell several calls of one weight apart."""
         return mix(self._numbers[node], 4)
