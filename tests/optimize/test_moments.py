@@ -181,17 +181,16 @@ def test_each_group_sees_its_own(groups: int) -> None:
     assert whole.count == 100
     outputs = torch.tensor([3, 1, 0, 2])
     targets = Targets(model, [conv], some, {})
-    parts = group_moments(
+    found = group_moments(
         model, (conv, "0"), some, targets, groups=groups, outputs=outputs.tolist()
     )
-    assert len(parts) == groups
-    pairs = zip(parts, torch.arange(72).chunk(groups), outputs.chunk(groups), strict=True)
-    for part, inputs, rows in pairs:
-        expected = whole.part(inputs, rows)
-        assert part.count == expected.count
-        for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
-            assert_close(getattr(part, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
-        assert_close(part.held_out.uu, expected.held_out.uu, rtol=1e-9, atol=1e-12)
+    expected = whole.part(torch.arange(72).reshape(groups, -1), outputs.reshape(groups, -1))
+    assert found.count == expected.count
+    for name in ("mean_u", "mean_y", "uu", "yu", "yy"):
+        assert getattr(found, name).shape[0] == groups
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+    assert_close(found.held_out.uu, expected.held_out.uu, rtol=1e-9, atol=1e-12)
+    assert found.error == pytest.approx(whole.error, rel=1e-9)
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(512, Moments), (513, SeparableMoments)])

@@ -43,7 +43,7 @@ def test_loss_is_that_of_the_penalised_fit() -> None:
     ):  # fmt: skip
         full[np.ix_(rows, columns)] = result.weight[q * 3 : q * 3 + 3]
     residual = result.loss * float(moments.yy.sum())
-    ridge = RIDGE * scale(moments)
+    ridge = RIDGE * float(scale(moments))
     penalty = ridge * float((full - dense).square().sum())
     regression = Regression.of(moments, dense)
     total = float(moments.yy.sum() + ridge * dense.square().sum())

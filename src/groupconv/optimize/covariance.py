@@ -23,7 +23,8 @@ _CHECKED = 64
 
 @dataclass(frozen=True)
 class Moments:
-    """Centred second moments, in float64.
+    """Centred second moments, in float64; those of several groups at once have an axis for them
+    before all others.
 
     Args:
         count: positions seen.
@@ -47,13 +48,18 @@ class Moments:
     held_out: "Moments | None" = None
 
     def part(self, inputs: Tensor, outputs: Tensor) -> "Moments":
-        """Moments of some inputs and outputs, given by their indices."""
+        """Moments of some inputs and outputs of a layer.
+
+        Args:
+            inputs, outputs: their indices; for the moments of groups with an axis for these before.
+        """
+        columns = inputs[..., None, :]
         return Moments(
             self.count,
             self.mean_u[inputs],
             self.mean_y[outputs],
-            self.uu[inputs[:, None], inputs],
-            self.yu[outputs[:, None], inputs],
+            self.uu[inputs[..., None], columns],
+            self.yu[outputs[..., None], columns],
             self.yy[outputs],
             self.error,
             None if self.held_out is None else self.held_out.part(inputs, outputs),
@@ -77,8 +83,8 @@ class Moments:
             self.count - other.count,
             u,
             y,
-            rest(self.uu, other.uu, torch.outer(du, du)),
-            rest(self.yu, other.yu, torch.outer(dy, du)),
+            rest(self.uu, other.uu, _outer(du, du)),
+            rest(self.yu, other.yu, _outer(dy, du)),
             rest(self.yy, other.yy, dy.square()),
         )
 
@@ -106,25 +112,28 @@ class MomentSums:
 
     Args:
         inputs, outputs: how many of each, D and C_out.
+        groups: None, or how many groups have as many of their own.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int | None = None) -> None:
+        first = () if groups is None else (groups,)
         self.count = torch.zeros((), dtype=torch.int64)
-        self.u, self.y = (torch.zeros(n, dtype=torch.float64) for n in (inputs, outputs))
-        self.uu = torch.zeros(inputs, inputs, dtype=torch.float64)
-        self.yu = torch.zeros(outputs, inputs, dtype=torch.float64)
-        self.yy = torch.zeros(outputs, dtype=torch.float64)
+        self.u, self.y = (torch.zeros(*first, n, dtype=torch.float64) for n in (inputs, outputs))
+        self.uu = torch.zeros(*first, inputs, inputs, dtype=torch.float64)
+        self.yu = torch.zeros(*first, outputs, inputs, dtype=torch.float64)
+        self.yy = torch.zeros(*first, outputs, dtype=torch.float64)
 
     def add(self, u: Tensor, y: Tensor) -> None:
-        """Add positions: ``u`` of shape ``(P, D)`` and ``y`` of shape ``(P, C_out)``."""
+        """Add positions: ``u`` of shape ``(P, D)`` and ``y`` of shape ``(P, C_out)``, or of
+        ``(groups, P, D)`` and ``(groups, P, C_out)``."""
         u, y = u.double().cpu(), y.double().cpu()
-        self.count += len(u)
-        self.u += u.sum(0)
-        self.y += y.sum(0)
-        for i in range(0, u.shape[1], _BLOCK):
-            self.uu[i : i + _BLOCK, i:].addmm_(u[:, i : i + _BLOCK].T, u[:, i:])
-        self.yu.addmm_(y.T, u)
-        self.yy += y.square().sum(0)
+        self.count += u.shape[-2]
+        self.u += u.sum(-2)
+        self.y += y.sum(-2)
+        for i in range(0, u.shape[-1], _BLOCK):
+            self.uu[..., i : i + _BLOCK, i:] += u[..., i : i + _BLOCK].mT @ u[..., i:]
+        self.yu += y.mT @ u
+        self.yy += y.square().sum(-2)
 
     def include(self, other: "MomentSums") -> None:
         """Add the positions that other sums have seen."""
@@ -139,13 +148,13 @@ class MomentSums:
     def finish(self, error: float | None = None, held_out: Moments | None = None) -> Moments:
         count = int(self.count)
         mean_u, mean_y = self.u / count, self.y / count
-        uu = self.uu.triu() + self.uu.triu(1).T
+        uu = self.uu.triu() + self.uu.triu(1).mT
         return Moments(
             count,
             mean_u,
             mean_y,
-            uu.div_(count).addr_(mean_u, mean_u, alpha=-1),
-            self.yu / count - torch.outer(mean_y, mean_u),
+            uu.div_(count).addcmul_(mean_u[..., None], mean_u[..., None, :], value=-1),
+            self.yu / count - _outer(mean_y, mean_u),
             self.yy / count - mean_y.square(),
             error,
             held_out,
@@ -197,28 +206,30 @@ class SeparableSums:
 
 
 class LayerSums:
-    """Running sums of one layer or group: all images, those held out, and their spread.
+    """Running sums of one layer or its groups: all images, those held out, and their spread.
 
     Args:
-        inputs, outputs: how many of each, D and C_out.
+        inputs, outputs, groups: see :class:`MomentSums`.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.kept, self.held_out = MomentSums(inputs, outputs), MomentSums(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, groups: int | None = None) -> None:
+        self.kept, self.held_out = (MomentSums(inputs, outputs, groups) for _ in range(2))
         # A process may have none of the images.
-        self.of_images = [torch.zeros(0, 2 + outputs, dtype=torch.float64)]
+        self.of_images = [torch.zeros(0, 2 + outputs * (groups or 1), dtype=torch.float64)]
 
     def add(self, u: Tensor, y: Tensor, image: Tensor) -> None:
-        """Add positions: ``u`` of shape ``(P, D)``, ``y`` of shape ``(P, C_out)``.
+        """Add positions, see :meth:`MomentSums.add`.
 
         Args:
             image: ``(P,)``, the number of the image that each position is from; all positions of
                 an image are added at once.
         """
         held = image % _HELD_OUT == _HELD_OUT - 1
-        self.kept.add(u[~held], y[~held])
-        self.held_out.add(u[held], y[held])
+        self.kept.add(u[..., ~held, :], y[..., ~held, :])
+        self.held_out.add(u[..., held, :], y[..., held, :])
         y, image = y.double().cpu(), image.cpu()
+        if y.ndim > 2:
+            y = y.movedim(0, 1).flatten(1)
         _, which, count = torch.unique(image, return_inverse=True, return_counts=True)
         columns = torch.cat([torch.ones(len(y), 1), y.square().sum(1, keepdim=True), y], 1)
         per_image = torch.zeros(len(count), columns.shape[1], dtype=torch.float64)
@@ -238,7 +249,7 @@ class LayerSums:
         The variance is a ratio, of squares to positions, and the images are what was sampled
         independently: Cochran, Sampling Techniques, 3rd edition, sections 6.4 and 9A.1.
         """
-        mean = self.kept.y / self.kept.count
+        mean = self.kept.y.flatten() / self.kept.count
         sums = torch.cat(self.of_images)
         n, squares, total = sums[:, 0], sums[:, 1], sums[:, 2:]
         s = squares - 2 * total @ mean + n * mean.square().sum()
@@ -250,6 +261,11 @@ class LayerSums:
         ratio = variance / positions
         scatter = max(ss - 2 * ratio * sn + ratio * ratio * nn, 0.0)
         return math.sqrt(images / (images - 1) * scatter) / variance
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """The outer product of vectors on the last axis."""
+    return a[..., None] * b[..., None, :]
 
 
 def sum_over_ranks(tensor: Tensor) -> None:

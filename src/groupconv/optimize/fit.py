@@ -1,7 +1,6 @@
 """Closed-form weights of a grouped layer, and exactly what they lose."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,74 +56,68 @@ def fit(moments: Moments, weight: Tensor, partition: Partition) -> Fit:
     inputs = columns.reshape(partition.groups, -1)
     outputs = torch.tensor(partition.out_order).reshape(partition.groups, -1)
     dense = weight.detach().cpu().flatten(1)
-    parts = [moments.part(s, o) for s, o in zip(inputs, outputs, strict=True)]
-    blocks = [dense[o[:, None], s] for s, o in zip(inputs, outputs, strict=True)]
-    cut = torch.cat(blocks).reshape(out_channels, in_channels // partition.groups, *kernel)
-    return fit_groups(parts, cut)
+    cut = dense[outputs[..., None], inputs[:, None]]
+    cut = cut.reshape(out_channels, in_channels // partition.groups, *kernel)
+    return fit_groups(moments.part(inputs, outputs), cut)
 
 
-def fit_groups(parts: Sequence[Moments], weight: Tensor) -> Fit:
+def fit_groups(groups: Moments, weight: Tensor) -> Fit:
     """As :func:`fit`, from the moments of each group alone.
 
     Args:
-        parts: moments of every group.
+        groups: moments of every group.
         weight: ``(C_out, C_in / groups, *k)``, the trained weights that the groups keep.
 
     Raises:
         DataError: the moments are not finite.
     """
-    if not all(torch.isfinite(part.uu).all() and torch.isfinite(part.yu).all() for part in parts):
+    if not (torch.isfinite(groups.uu).all() and torch.isfinite(groups.yu).all()):
         raise DataError("activations hold NaN or Inf: check the model's weights and the images")
-    starts = weight.detach().double().cpu().flatten(1).chunk(len(parts))
+    start = weight.detach().double().cpu().flatten(1).unflatten(0, (len(groups.uu), -1))
     ridge, held_out = RIDGE, None
-    if all(part.held_out is not None for part in parts):
-        losses = _held_out_losses(parts, starts)
+    if groups.held_out is not None:
+        losses = _held_out_losses(groups, groups.held_out, start)
         ridge = min(losses, key=lambda r: losses[r])
         held_out = losses[ridge]
-    weights = _solve(parts, starts, ridge)
-    bias = [part.mean_y - w @ part.mean_u for part, w in zip(parts, weights, strict=True)]
+    weights = _solve(groups, start, ridge)
+    bias = groups.mean_y - _times(weights, groups.mean_u)
     return Fit(
-        torch.cat(weights).reshape(weight.shape).to(weight.dtype),
-        torch.cat(bias).to(weight.dtype),
-        _loss(parts, weights),
+        weights.reshape(weight.shape).to(weight.dtype),
+        bias.flatten().to(weight.dtype),
+        _loss(groups, weights),
         ridge,
         held_out,
     )
 
 
-def _held_out_losses(parts: Sequence[Moments], starts: Sequence[Tensor]) -> dict[float, float]:
+def _held_out_losses(groups: Moments, held_out: Moments, start: Tensor) -> dict[float, float]:
     """For each ridge the loss on the held-out images of weights fitted without them."""
-    kept = [part.kept() for part in parts]
-    held_out = [part.held_out for part in parts if part.held_out is not None]
-    losses = {}
+    kept, losses = groups.kept(), {}
     for ridge in RIDGES:
-        weights = _solve(kept, starts, ridge)
-        off = [
-            (seen.mean_y - fitted.mean_y) - w @ (seen.mean_u - fitted.mean_u)
-            for seen, fitted, w in zip(held_out, kept, weights, strict=True)
-        ]
-        losses[ridge] = _loss(held_out, weights, torch.cat(off))
+        weights = _solve(kept, start, ridge)
+        off = held_out.mean_y - kept.mean_y - _times(weights, held_out.mean_u - kept.mean_u)
+        losses[ridge] = _loss(held_out, weights, off)
     return losses
 
 
-def _solve(parts: Sequence[Moments], starts: Sequence[Tensor], ridge: float) -> list[Tensor]:
-    """Weights of every group, each ``(C_out / groups, D / groups)``."""
-    pull = ridge * sum(scale(part) for part in parts) / len(parts)
-    weights = []
-    for part, start in zip(parts, starts, strict=True):
-        h = part.uu + pull * torch.eye(len(part.uu), dtype=torch.float64)
-        t = part.yu + pull * start
-        weights.append(torch.cholesky_solve(t.T, torch.linalg.cholesky(h)).T)
-    return weights
+def _solve(groups: Moments, start: Tensor, ridge: float) -> Tensor:
+    """``(groups, C_out / groups, D / groups)``: weights of every group."""
+    pull = ridge * float(scale(groups).mean())
+    h = groups.uu + pull * torch.eye(groups.uu.shape[-1], dtype=torch.float64)
+    t = groups.yu + pull * start
+    return torch.cholesky_solve(t.mT, torch.linalg.cholesky(h)).mT
 
 
-def _loss(parts: Sequence[Moments], weights: Sequence[Tensor], off: Tensor | None = None) -> float:
+def _loss(groups: Moments, weights: Tensor, off: Tensor | None = None) -> float:
     """Share of the variance of the outputs that is left, and the square of what the mean is off."""
-    total = max(sum(float(part.yy.sum()) for part in parts), 1e-30)
-    residual = sum(
-        float(part.yy.sum() - 2 * (w * part.yu).sum() + ((w @ part.uu) * w).sum())
-        for part, w in zip(parts, weights, strict=True)
-    )
+    total = float(groups.yy.sum())
+    residual = total - 2 * float((weights * groups.yu).sum())
+    residual += float(((weights @ groups.uu) * weights).sum())
     if off is not None:
         residual += float(off.square().sum())
-    return max(residual, 0.0) / total
+    return max(residual, 0.0) / max(total, 1e-30)
+
+
+def _times(weights: Tensor, inputs: Tensor) -> Tensor:
+    """Outputs of every group for one vector of inputs each."""
+    return (weights @ inputs[..., None])[..., 0]

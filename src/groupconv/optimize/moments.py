@@ -70,8 +70,9 @@ def group_moments(
     *,
     groups: int,
     outputs: Sequence[int],
-) -> list[Moments]:
-    """Moments of each group of one layer: its own inputs and outputs only, exact at any width.
+) -> Moments:
+    """Moments of the groups of one layer: of the inputs and outputs of each only, exact at any
+    width.
 
     Args:
         model, layer, sampling, targets: see :func:`layer_moments`.
@@ -83,15 +84,15 @@ def group_moments(
     """
     spec = layer[0].spec
     inputs, width = spec.in_channels * math.prod(spec.kernel_size), spec.out_channels // groups
-    sums = [LayerSums(inputs // groups, width) for _ in range(groups)]
-    of_group = torch.tensor(outputs).reshape(groups, width)
+    sums = LayerSums(inputs // groups, width, groups)
 
     def add(_: int, u: Tensor, y: Tensor, image: Tensor) -> None:
-        for total, part, rows in zip(sums, u.chunk(groups, 1), of_group, strict=True):
-            total.add(part, y[:, rows.to(y.device)], image)
+        y = y[:, torch.tensor(outputs, device=y.device)]
+        u, y = (tensor.unflatten(1, (groups, -1)).movedim(1, 0) for tensor in (u, y))
+        sums.add(u, y, image)
 
     _sample(model, [layer], sampling, targets, add)
-    return [total.finish() for total in sums]
+    return sums.finish()
 
 
 @torch.no_grad()

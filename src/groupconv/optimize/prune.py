@@ -199,7 +199,7 @@ def refit_pruned(
         assert isinstance(module, Layer)
         reads, writes = channels(module)
         spec = replace(conv.spec, in_channels=reads, out_channels=writes)
-        parts = group_moments(
+        groups = group_moments(
             pruned,
             (replace(conv, spec=spec), conv.name),
             sampling,
@@ -207,7 +207,7 @@ def refit_pruned(
             groups=1,
             outputs=writes_now[conv.name],
         )
-        result = fit_groups(parts, module.weight)
+        result = fit_groups(groups, module.weight)
         module.weight.copy_(result.weight)
         if module.bias is not None:
             module.bias.copy_(result.bias)

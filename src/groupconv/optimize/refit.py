@@ -100,7 +100,7 @@ def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, T
     assert isinstance(conv, Layer)
     # The inputs arrive in the new layer's order already; the outputs are the original's. Its
     # weights are still those of the original, cut.
-    parts = group_moments(
+    groups = group_moments(
         net,
         (placed.conv, placed.module),
         targets.sampling,
@@ -108,7 +108,7 @@ def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, T
         groups=getattr(conv, "groups", 1),
         outputs=placed.channels_out,
     )
-    found = fit_groups(parts, conv.weight)
+    found = fit_groups(groups, conv.weight)
     return {"weight": found.weight, "bias": found.bias, "loss": torch.tensor(found.loss)}
 
 

@@ -67,7 +67,7 @@ class Regression:
             return _separable(
                 moments.channels, moments.taps, dense.reshape(out_channels, in_channels, -1)
             )
-        ridge = RIDGE * scale(moments)
+        ridge = RIDGE * float(scale(moments))
         h = moments.uu + ridge * torch.eye(len(moments.uu), dtype=torch.float64)
         t = moments.yu + ridge * dense
         total = float(moments.yy.sum() + ridge * dense.square().sum())
@@ -138,10 +138,11 @@ class Regression:
         return _separable(channels, within, best)
 
 
-def scale(moments: Moments) -> float:
-    """Mean variance of an input, but never so little that rounding errors count as variance."""
-    least = max(1e-9 * float(moments.mean_u.square().mean()), 1e-12)
-    return max(float(moments.uu.diagonal().mean()), least)
+def scale(moments: Moments) -> Tensor:
+    """Mean variance of an input, of each group if there are several, but never so little that
+    rounding errors count as variance."""
+    least = (1e-9 * moments.mean_u.square().mean(-1)).clamp_min(1e-12)
+    return torch.maximum(moments.uu.diagonal(dim1=-2, dim2=-1).mean(-1), least)
 
 
 def _separable(channels: Tensor, taps: Tensor, best: Tensor) -> Regression:
