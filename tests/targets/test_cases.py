@@ -143,7 +143,7 @@ def test_every_block_in_every_file(target: str, name: str, tmp_path: Path) -> No
         assert max(ranks(found.path)) <= 4
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["eager", "onnxruntime", "openvino", "coreml"])
 def test_a_shuffle_net_of_any_size(target: str, tmp_path: Path) -> None:
     from torchvision.models import shufflenet_v2_x0_5
 
@@ -151,17 +151,19 @@ def test_a_shuffle_net_of_any_size(target: str, tmp_path: Path) -> None:
     path = tmp_path / f"net{runtime.suffix}"
     found = groupconv.export(net, numbers(1, 3, 64, 64), path, any_size=True)
     assert sum(n for kind, n in found.nodes.items() if "conv" in kind.lower()) == 56
-    for size in ((1, 3, 64, 64), (3, 3, 96, 80), (2, 3, 65, 127)):
-        x = numbers(*size)
+    for batch, *size in ((1, 64, 64), (3, 96, 80), (2, 65, 127)):
+        x = numbers(batch if runtime.any_batch else 1, 3, *size)
         opened = runtime.open(path, (x,))
         opened.run()
         assert torch.allclose(opened.outputs()[0], net(x), atol=1e-5)
+    assert net(x).abs().max() > 0.01
 
 
 def test_any_size_where_there_is_none(tmp_path: Path) -> None:
     net, x = nn.Conv2d(4, 4, 3).eval(), numbers(1, 4, 8, 8)
     with pytest.raises(
-        ArgumentError, match=r"\.groupconv files are for one size; write \.pt2, \.onnx"
+        ArgumentError,
+        match=r"\.groupconv files are for one size; write \.pt2, \.onnx, \.xml, \.mlpackage",
     ):
         groupconv.export(net, x, tmp_path / "net.groupconv", any_size=True)
     whole = nn.LayerNorm([4, 8, 8]).eval()

@@ -31,9 +31,7 @@ def export(
         str | None, typer.Option(help="Images to compare on; default: random numbers.")
     ] = None,
     max_images: Annotated[int, typer.Option(help="Images to compare on, at most.")] = 1000,
-    any_size: Annotated[
-        bool, typer.Option("--any-size", help="For images of any batch and size.")
-    ] = False,
+    any_size: Annotated[bool, typer.Option("--any-size", help="For images of any size.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize; needs --data.")] = False,
     calibrate: Annotated[int, typer.Option(help="Images to calibrate INT8 on.")] = 128,
     json: JsonFlag = False,

@@ -93,7 +93,8 @@ class FileTarget(Target):
     Attributes:
         suffix: of its files.
         beside: suffixes of other files that are written beside them.
-        any_batch: whether a file can run batches of any size.
+        any_batch: whether a file can run batches of any number of images.
+        any_size: whether a file can be for images of any size.
         extra: the extra of groupconv that brings what it needs.
         modules: what it needs, the runtime last.
     """
@@ -101,6 +102,7 @@ class FileTarget(Target):
     suffix: str
     beside: tuple[str, ...] = ()
     any_batch: bool = True
+    any_size: bool = True
     extra: str
     modules: tuple[str, ...]
 
@@ -130,7 +132,7 @@ class FileTarget(Target):
 
         Args:
             metadata: kept in the file.
-            any_size: for images of any batch and size, where ``any_batch`` holds.
+            any_size: for images of any size, and any batch where ``any_batch`` holds.
 
         Raises:
             ExportError: the format can't hold it.

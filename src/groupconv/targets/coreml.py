@@ -16,7 +16,7 @@ from groupconv.targets.quiet import quiet
 
 
 class CoreMl(FileTarget):
-    """Core ML in float32. A package is for one batch.
+    """Core ML in float32. A package is for one batch, of images of one size or of any.
 
     Its program is run by Core ML on macOS, and by :class:`groupconv.targets.mil.Program` elsewhere,
     which says whether it is right but not how long it takes.
@@ -44,11 +44,13 @@ class CoreMl(FileTarget):
         any_size: bool = False,
     ) -> None:
         with quiet():
-            graph = exported_for(module, inputs).module()
-            rewrites.replace_shuffles(graph, rewrites.shuffled_by_views)
+            graph = exported_for(module, inputs, any_size).module()
+            # Views would have to know the sizes.
+            shuffle = rewrites.shuffled_by_index if any_size else rewrites.shuffled_by_views
+            rewrites.replace_shuffles(graph, shuffle)
             rewrites.replace_output_padding(graph)
             rewrites.replace_circular_padding(graph)
-            program = exported_for(graph, inputs).run_decompositions({})
+            program = exported_for(graph, inputs, any_size).run_decompositions({})
             import coremltools
 
             try:

@@ -23,7 +23,7 @@ class ExecuTorch(FileTarget):
     name = "executorch"
     spin = 0.003
     suffix = ".pte"
-    any_batch = False
+    any_batch = any_size = False
     extra = "executorch"
     modules = ("executorch",)
 

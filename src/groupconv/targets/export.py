@@ -82,8 +82,8 @@ def export(
         labels: ``(N,)``, of the images, for the accuracy.
         int8: ``(N, C, H, W)``, to calibrate on: the file is quantized, weights and activations;
             ``.onnx`` and ``.tflite`` only.
-        any_size: whether the file must be for images of any batch and size: ``.onnx``, ``.xml`` and
-            ``.pt2`` only.
+        any_size: whether the file must be for images of any size, and of any batch but in
+            ``.mlpackage``: that, ``.onnx``, ``.xml`` and ``.pt2`` only.
         metadata: kept in the file.
 
     Raises:
@@ -95,8 +95,8 @@ def export(
     """
     path = Path(path)
     target = _target(path)
-    if any_size and not target.any_batch:
-        legal = ", ".join(dict.fromkeys(t.suffix for t in FILE_TARGETS if t.any_batch))
+    if any_size and not target.any_size:
+        legal = ", ".join(dict.fromkeys(t.suffix for t in FILE_TARGETS if t.any_size))
         raise ArgumentError(f"any_size: {target.suffix} files are for one size; write {legal}")
     busy = next((name or "model" for name, m in model.named_modules() if m.training), None)
     if busy is not None:

@@ -23,7 +23,7 @@ class LiteRt(FileTarget):
     name = "litert"
     spin = 0.003
     suffix = ".tflite"
-    any_batch = False
+    any_batch = any_size = False
     extra = "litert"
     modules = ("litert_torch", "ai_edge_litert")
 

@@ -54,7 +54,9 @@ class Program:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """What the program returns, flat."""
         for (name, shape), x in zip(self.shapes.items(), inputs, strict=True):
-            if tuple(x.shape) != shape:
+            # Sizes that are free are symbols.
+            fixed = (n for n in zip(x.shape, shape, strict=False) if isinstance(n[1], int))
+            if x.ndim != len(shape) or any(have != want for have, want in fixed):
                 raise ValueError(f"input {name} has shape {tuple(x.shape)}, not {shape}")
         values: dict[str, Any] = dict(zip(self.shapes, inputs, strict=True))
 

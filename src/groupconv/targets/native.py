@@ -27,7 +27,7 @@ class Native(FileTarget):
     name = "native"
     version = __version__
     suffix = ".groupconv"
-    any_batch = False
+    any_batch = any_size = False
     extra = ""
     modules = ()
 

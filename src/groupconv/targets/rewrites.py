@@ -73,6 +73,12 @@ def shuffled_by_views(x: Tensor, groups: int) -> Tensor:
     return split.transpose(1, 2).reshape(x.shape)
 
 
+def shuffled_by_index(x: Tensor, groups: int) -> Tensor:
+    """The same in one step, whatever the other sizes are."""
+    order = torch.arange(x.shape[1]).unflatten(0, (groups, x.shape[1] // groups))
+    return x.index_select(1, order.T.flatten())
+
+
 def replace_output_padding(graph_module: fx.GraphModule) -> int:
     """Transposed convolutions with more output padding than padding, or with any in three axes, as
     ones with neither, whose result is cut and filled.
