@@ -41,12 +41,12 @@ LEVELS = [
 # package has a place among the modules of the outer one, and an order of its own.
 ORDER = {
     "kernels": [
-        "spec", "reference", "machine", "emit", "activation", "blocks", "inputs", "tile",
+        "spec", "reference", "machine", "flow", "emit", "activation", "blocks", "inputs", "tile",
         "forward", "staging", "module", "packing", "openmp", "jit", "cache", "kernel", "candidates",
         "tuning", "transposed", "parts", "peak", "fingerprint", "weights", "request", "native",
         "dispatch",
     ],
-    "nn": ["functional", "conv", "explain", "shuffle", "blocks"],
+    "nn": ["checks", "functional", "conv", "explain", "shuffle", "blocks"],
     "compiler": [
         "filtering", "graph", "views", "building", "arguments", "elementwise", "spatial", "joins",
         "operators", "capture",

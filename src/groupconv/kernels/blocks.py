@@ -8,7 +8,8 @@ several groups and each lane sees the channel of its own group.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.spec import ConvSpec
 
 # Values that are rather loaded one by one than picked from two vectors.

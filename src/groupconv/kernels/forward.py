@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from groupconv.kernels.activation import activate
 from groupconv.kernels.blocks import Block
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.inputs import inputs
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec

@@ -12,7 +12,8 @@ import struct
 from collections.abc import Sequence
 
 from groupconv.kernels.blocks import Block, blocks
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.forward import BlockFunction
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec

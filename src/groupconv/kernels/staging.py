@@ -8,7 +8,8 @@ another. A given order of the input channels is applied on the same way.
 from collections.abc import Callable
 
 from groupconv.kernels.activation import activate
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 from groupconv.kernels.spec import KernelSpec
 

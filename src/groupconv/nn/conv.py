@@ -17,16 +17,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from groupconv.errors import ArgumentError
 from groupconv.kernels.spec import Ints, check_groups, check_output_padding, to_tuple
+from groupconv.nn.checks import check_input, check_padding_name, traced
 from groupconv.nn.functional import (
-    check_input,
-    check_padding_name,
     group_conv1d,
     group_conv2d,
     group_conv3d,
     group_conv_transpose1d,
     group_conv_transpose2d,
     group_conv_transpose3d,
-    traced,
 )
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 
 # A vector of channels: how far from the first channel at hand, and how many of its lanes are used.
 Cut = tuple[int, int]

@@ -7,7 +7,8 @@ from typing import ClassVar
 from groupconv.compiler.steps import entry
 from groupconv.compiler.steps.channels import Cut, cover
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Vectors that are loaded before they are stored.

@@ -6,7 +6,8 @@ from typing import ClassVar
 from groupconv.compiler.steps import entry
 from groupconv.compiler.steps.channels import cuts
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Channels whose numbers are kept in registers, and pixels that they serve.

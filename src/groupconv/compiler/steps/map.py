@@ -7,7 +7,8 @@ from groupconv.compiler.steps import entry, row
 from groupconv.compiler.steps.copy import copy_channels
 from groupconv.compiler.steps.functions import apply
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Vectors of one long row whose code stands side by side.

@@ -9,7 +9,8 @@ from groupconv.compiler.steps import entry
 from groupconv.compiler.steps.channels import Cut, cover
 from groupconv.compiler.steps.step import Step
 from groupconv.compiler.steps.window import Range, Window
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Vectors of channels whose results are kept in registers.

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 from groupconv.compiler.steps.channels import Cut, cover
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 
 # Vectors that are computed before they are stored.
 _VECTORS = 4

@@ -7,7 +7,8 @@ from typing import ClassVar
 from groupconv.compiler.steps import entry
 from groupconv.compiler.steps.channels import cuts
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Numbers of groups whose vectors are rather interleaved than their channels copied one by one.

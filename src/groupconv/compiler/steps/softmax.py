@@ -7,7 +7,8 @@ from typing import ClassVar
 from groupconv.compiler.steps import entry, row
 from groupconv.compiler.steps.functions import exp
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 

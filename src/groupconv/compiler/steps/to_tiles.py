@@ -9,7 +9,8 @@ from groupconv.compiler.filtering import TAPS, tiles
 from groupconv.compiler.steps import entry, transform
 from groupconv.compiler.steps.channels import cover
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 

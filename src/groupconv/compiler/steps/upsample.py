@@ -12,7 +12,8 @@ from groupconv.compiler.steps import entry
 from groupconv.compiler.steps.channels import Cut, cover
 from groupconv.compiler.steps.copy import copy_channels
 from groupconv.compiler.steps.step import Step
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 from groupconv.kernels.machine import Machine
 
 # Vectors of channels that are interpolated together.

@@ -4,7 +4,8 @@ import functools
 from collections.abc import Sequence
 
 from groupconv.compiler.steps.channels import Cut
-from groupconv.kernels.emit import Emitter, Value
+from groupconv.kernels.emit import Emitter
+from groupconv.kernels.flow import Value
 
 # From one number to another: the first one, and the one after the last.
 Range = tuple[Value, Value]
