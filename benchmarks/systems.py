@@ -94,7 +94,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         result = groupconv.optimize(
             net,
             inputs,
-            budget=options.budget,
+            budget=options.budget or (system.small_budget if options.small else system.budget),
             target=options.target,
             keep=keep,
             recover=options.recover,
@@ -250,7 +250,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("systems", nargs="*", help=f"of {', '.join(SYSTEMS)}; default: all")
     parser.add_argument("--small", action="store_true", help="small networks by the same code")
-    parser.add_argument("--budget", default="1.35x")
+    parser.add_argument("--budget", help="default: of each system its own")
     parser.add_argument("--target", default=NATIVE, help="what the network is optimized for")
     parser.add_argument("--recover", default="none")
     parser.add_argument("--weights", type=Path, metavar="FOLDER", help="of NAME.safetensors")
