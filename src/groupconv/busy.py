@@ -27,7 +27,7 @@ def require_quiet() -> None:
     Raises:
         BusyError: others keep using the cores.
     """
-    if os.environ.get(_ANYWAY) == "1":
+    if measured_anyway():
         return
     threads = torch.get_num_threads()
     end = time.perf_counter() + _PATIENCE
@@ -42,6 +42,11 @@ def require_quiet() -> None:
         if not told:
             log.info("others use this machine, waiting: %.1f cores are idle", free)
             told = True
+
+
+def measured_anyway() -> bool:
+    """Whether times are wanted whatever else runs: ``GROUPCONV_BUSY=1``."""
+    return os.environ.get(_ANYWAY) == "1"
 
 
 def _cores() -> int:

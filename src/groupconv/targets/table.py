@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from groupconv.busy import measured_anyway
 from groupconv.files import write_text
 from groupconv.targets.base import Target
 from groupconv.timing import Timing, interleave, machine
@@ -88,9 +89,10 @@ class LatencyTable:
         turn: float,
         between: Callable[[], object] | None,
     ) -> dict[str, Timing]:
-        """The times of one run, of several if other programs disturb it."""
+        """The times of one run; of the quietest of several if other programs disturb it, unless it
+        is known that they will."""
         best, least = dict[str, Timing](), math.inf
-        for _ in range(_RUNS):
+        for _ in range(1 if measured_anyway() else _RUNS):
             times = interleave(
                 calls, seconds=seconds, rest=self.target.rest, turn=turn, between=between
             )
