@@ -22,7 +22,6 @@ OURS: dict[str, Callable[..., Tensor]] = {
 }
 OPS: dict[str, OpInfo] = {op.name: op for op in op_db if op.name in OURS}
 # torch asks for a copy of the input when "same" padding is uneven, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -171,9 +171,6 @@ def check_against_reference(case: Case) -> None:
             assert_close(b.grad, c.grad, rtol=1e-10, atol=1e-10)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-
-
 @budget(300)
 @given(cases())
 def test_legal_specifications(case: Case) -> None:

@@ -139,8 +139,6 @@ def test_what_is_compared_was_timed_in_one_run(runs: list[set[str]]) -> None:
     assert len(runs[0] & runs[1]) == 1
 
 
-# Said once in a process, wherever that is.
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 def test_other_sizes_settings_and_batches_are_measured() -> None:
     layers = [
         layer(nn.Conv2d(8, 8, 3), 6, 6),
