@@ -51,7 +51,7 @@ def exported_for(
         ExportError: PyTorch can't export it.
     """
     try:
-        return _rewritten(module, inputs, _sizes(inputs, any_size))
+        return _rewritten(module, inputs, _sizes(inputs, True) if any_size else None)
     except Exception as error:  # As above.
         size = _OF_ANY_SIZE if any_size else ""
         raise ExportError(f"PyTorch can't export the network{size}: {error}") from error
