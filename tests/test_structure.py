@@ -78,10 +78,11 @@ ORDER = {
     "optimize": [
         "spaces", "ties", "values", "capture", "walk", "moves", "layers", "rules", "trace", "cost",
         "visit", "sampling", "wanted", "covariance", "moments", "partition", "orders", "schur",
-        "exchange", "refine", "search", "fit", "structure", "pair", "menu", "align", "budget",
-        "select", "latency", "bake", "fold", "convert", "objects", "evaluate", "importance",
-        "sensitivity", "settle", "survey", "refit", "plan", "prune", "baselines", "job", "choose",
-        "planning", "beside", "summary", "finish", "start", "pipeline", "further", "study", "sweep",
+        "exchange", "refine", "search", "fit", "structure", "kept", "prune", "pair", "menu",
+        "align", "budget", "select", "latency", "bake", "fold", "convert", "objects", "evaluate",
+        "importance", "sensitivity", "settle", "survey", "narrowing", "refit", "plan", "baselines",
+        "job", "choose", "planning", "beside", "summary", "finish", "start", "pipeline", "further",
+        "study", "sweep",
     ],
     "cli": [
         "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",

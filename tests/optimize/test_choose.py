@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import nn
+from traced import found
 
 from groupconv.errors import BudgetError
 from groupconv.optimize.budget import parse_budgets
 from groupconv.optimize.choose import Choice, Decision, choose
 from groupconv.optimize.convert import convert
 from groupconv.optimize.cost import count_macs
+from groupconv.optimize.kept import kept_by_layers
 from groupconv.optimize.menu import Candidate
 from groupconv.optimize.sensitivity import Sensitivity
 from groupconv.optimize.settle import sketch
@@ -43,8 +45,8 @@ def network() -> nn.Sequential:
 def survey(seconds: Sequence[float] = tuple(SECONDS.values())) -> Survey:
     menu = [Candidate(Grouped(g), loss, start="energy" if g > 1 else "")
             for g, loss in LOSSES.items()]  # fmt: skip
-    growing = {name: Sensitivity(float(i + 1), 1.25) for i, name in enumerate(NAMES)}
-    return Survey(dict.fromkeys(NAMES, menu), growing, growing, dict.fromkeys(NAMES, seconds))
+    growing = {name: {"grouped": Sensitivity(float(i + 1), 1.25)} for i, name in enumerate(NAMES)}
+    return Survey(dict.fromkeys(NAMES, menu), growing, dict.fromkeys(NAMES, seconds))
 
 
 class Clock:
@@ -216,8 +218,8 @@ def test_budgets_count_what_the_network_has(structure: Structure, name: str, qua
     cut = Candidate(structure, 0.1, permute_in=True, permute_out=True)
     menu = [Candidate(DENSE, 0.0), cut if isinstance(structure, Grouped) else
             Candidate(structure, 0.1)]  # fmt: skip
-    same = {name: Sensitivity(1.0, 1.25)}
-    known = Survey({name: menu}, same, same, {name: (1e-3, 1e-4)})
+    same = dict.fromkeys(("grouped", "pair"), Sensitivity(1.0, 1.25))
+    known = Survey({name: menu}, {name: same}, {name: (1e-3, 1e-4)})
     net = network()
     mapped = trace(net, (X,))
     needed = amount(convert(net, mapped, sketch(mapped, {name: menu[1]})).model, quantity)
@@ -237,3 +239,27 @@ def test_several_budgets_hold_at_once() -> None:
     assert clock.seconds(net) <= 0.7 * (REST + 4e-3)
     for quantity, share in (("macs", 0.45), ("params", 0.6), ("size", 0.6)):
         assert amount(net, quantity) <= share * amount(dense, quantity)
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_candidates_that_stand_together(gains: bool) -> None:
+    """One of them is slower alone; what counts is what they gain together."""
+    mapped = trace(network(), (X,))
+    space = found(mapped, "1").outputs.space
+    assert space is not None
+    kept = kept_by_layers(mapped, {space: range(8)})
+    narrower = {n: Candidate(k.structure, 0.01 * (n == "4"), kept=k) for n, k in kept.items()}
+    assert list(narrower) == ["1", "4"]
+    menus = {name: [Candidate(DENSE, 0.0), candidate] for name, candidate in narrower.items()}
+    menus["7"] = [Candidate(DENSE, 0.0), Candidate(Grouped(2), 0.5)]
+    known = Survey(
+        menus,
+        dict.fromkeys(menus, dict.fromkeys(("narrowed", "grouped"), Sensitivity(1.0, 1.25))),
+        {"1": (1e-3, 1.2e-3), "4": (1e-3, 0.7e-3 if gains else 0.9e-3), "7": (1e-3, 0.5e-3)},
+        [[("1", 1), ("4", 1)]],
+    )
+    net, decisions = decide("90%macs", known)
+    assert (net.get_submodule("1").out_channels, net.get_submodule("7").groups) == (
+        (8, 1) if gains else (16, 2)
+    )
+    assert gains != ("not faster than dense: 8 to 16 channels" in decisions["4"].why)

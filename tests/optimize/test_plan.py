@@ -98,7 +98,10 @@ def test_wrong_plans(old: str, new: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"structure": "ghost", "groups": 2}, "structure='ghost' must be one of grouped, pair"),
+        (
+            {"structure": "ghost", "groups": 2},
+            "structure='ghost' must be one of grouped, narrowed, pair",
+        ),
         ({"structure": "pair", "groups": 2}, "not a plan of groupconv: KeyError('middle')"),
         ({"groups": 2, "in_order": [0, 1]}, "conv1: in_order alone is given; give both orders"),
         ({"groups": 2, "out_order": [0, 1]}, "conv1: out_order alone is given; give both orders"),

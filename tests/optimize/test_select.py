@@ -50,6 +50,32 @@ def test_against_every_combination(instance: tuple[Table, Table, float]) -> None
     assert total(losses, choice) <= best * (1 + 1e-4) + 1e-6
 
 
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(instances())
+def test_ties_against_every_combination(instance: tuple[Table, Table, float]) -> None:
+    """The last candidates of all layers stand together or not at all."""
+    losses, costs, bound = instance
+    tie = [(name, len(row) - 1) for name, row in losses.items()]
+
+    def whole(choice: dict[str, int]) -> bool:
+        return len({choice[name] == index for name, index in tie}) == 1
+
+    every = [
+        dict(zip(losses, picked, strict=True))
+        for picked in itertools.product(*(range(len(row)) for row in losses.values()))
+    ]
+    legal = [c for c in every if whole(c) and total(costs, c) <= bound]
+    if not legal:
+        with pytest.raises(BudgetError):
+            select(losses, [Bound("macs", costs, bound)], [tie])
+        return
+    choice = select(losses, [Bound("macs", costs, bound)], [tie])
+    assert whole(choice)
+    assert total(costs, choice) <= bound * (1 + 1e-6)
+    best = min(total(losses, c) for c in legal)
+    assert total(losses, choice) <= best * (1 + 1e-4) + 1e-6
+
+
 def test_layers_may_have_menus_of_different_length() -> None:
     losses = {"a": [0.0, 0.1], "b": [0.0], "c": [0.0, 0.2, 0.05]}
     costs = {"a": [5.0, 1.0], "b": [2.0], "c": [5.0, 2.0, 3.0]}

@@ -17,7 +17,7 @@ from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.sampling import sample
 from groupconv.optimize.schur import RIDGE, Regression, scale
-from groupconv.optimize.sensitivity import Sensitivity, Trials, refitted
+from groupconv.optimize.sensitivity import Sensitivity, Trials, of_groups, refitted
 from groupconv.optimize.structure import DENSE, Grouped, Pair
 from groupconv.optimize.trace import trace
 from groupconv.optimize.visit import outputs
@@ -64,7 +64,7 @@ def test_refitted_weights_are_those_of_least_squares(groups: int, kernel: int) -
     x = mix(torch.randn(12, 8, 9, 9, dtype=torch.float64)).detach()
     moments = moments_of(layer, x)
     partition = partition_of(groups, 8, 12)
-    found = refitted(Regression.of(moments, layer.weight), layer.weight, partition)
+    found = refitted(Regression.of(moments, layer.weight), layer.weight, of_groups(partition))
     assert found.shape == layer.weight.shape
     u, y, _ = positions(layer, x)
     u, y = (u - u.mean(0)) / len(u) ** 0.5, (y - y.mean(0)) / len(u) ** 0.5
@@ -85,7 +85,9 @@ def test_refitted_weights_of_a_wide_layer_stay_in_their_groups() -> None:
     torch.manual_seed(0)
     layer, x = nn.Conv2d(8, 4, 3), torch.randn(32, 8, 9, 9)
     partition = partition_of(2, 8, 4)
-    weight = refitted(Regression.of(separable_of(layer, x), layer.weight), layer.weight, partition)
+    weight = refitted(
+        Regression.of(separable_of(layer, x), layer.weight), layer.weight, of_groups(partition)
+    )
     inside = torch.zeros(4, 8, dtype=torch.bool)
     for inputs, rows in blocks(partition):
         inside[rows[:, None], inputs] = True
@@ -132,7 +134,7 @@ def test_the_error_of_a_cut_is_the_real_one(groups: int) -> None:
     only = cut(problem, groups)
     found = Trials(net, x).sensitivity("1", problem, [Candidate(DENSE, 0.0), only])
     assert found.error(only.loss) == pytest.approx(
-        true_error(net, x, refitted(problem, net[1].weight, only.partition)), rel=1e-3
+        true_error(net, x, refitted(problem, net[1].weight, of_groups(only.partition))), rel=1e-3
     )
     assert found.error(0.0) == 0.0
 
@@ -148,7 +150,7 @@ def test_two_cuts_lie_on_the_curve() -> None:
     menu = [Candidate(DENSE, 0.0), harsh, pair, replace_loss(cuts[2], 0.9), gentle]
     found = trials.sensitivity("1", problem, menu)
     for one in (gentle, harsh):
-        measured = true_error(net, x, refitted(problem, net[1].weight, one.partition))
+        measured = true_error(net, x, refitted(problem, net[1].weight, of_groups(one.partition)))
         assert found.error(one.loss) == pytest.approx(measured, rel=1e-3)
     assert found.error(gentle.loss) < found.error(0.2) < found.error(harsh.loss)
     step = 1e-6
@@ -169,12 +171,12 @@ def test_a_cut_that_loses_nothing_says_nothing_of_the_others() -> None:
     harsh = [replace_loss(cut(problem, 8), 0.8), replace_loss(cut(problem, 4), 0.6)]
     planted = replace_loss(cut(problem, 2), 1e-15)
     found = Trials(net, x).sensitivity("1", problem, [planted, *harsh])
-    measured = true_error(net, x, refitted(problem, net[1].weight, harsh[1].partition))
+    measured = true_error(net, x, refitted(problem, net[1].weight, of_groups(harsh[1].partition)))
     assert found.error(0.6) == pytest.approx(measured, rel=1e-3)
     # A loss of rounding errors is not a measure of anything.
     alone = Trials(net, x).sensitivity("1", problem, [planted])
     assert alone.error(1e-4) == pytest.approx(
-        true_error(net, x, refitted(problem, net[1].weight, planted.partition)), rel=1e-3
+        true_error(net, x, refitted(problem, net[1].weight, of_groups(planted.partition))), rel=1e-3
     )
 
 

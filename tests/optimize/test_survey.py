@@ -12,7 +12,7 @@ from torch import Tensor
 from groupconv.optimize.moments import layer_moments
 from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.sensitivity import Sensitivity
+from groupconv.optimize.sensitivity import Sensitivity, Trials
 from groupconv.optimize.structure import Pair
 from groupconv.optimize.survey import Searches, Survey, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, trace
@@ -71,14 +71,14 @@ def test_layers_that_do_not_fit_have_passes_of_their_own(monkeypatch: pytest.Mon
 def test_menus_are_kept_layer_by_layer(tmp_path: Path) -> None:
     _, mapped, batches, searches = made()
     convs = [conv for conv in mapped.convs if conv.name in NAMES]
-    options = {"macs": 10**6, "at_once": 128, "round_to": 2}
 
-    def survey(kept: Store, known: Searches = searches) -> tuple[dict, dict, dict]:
-        return menus_and_sensitivities(mapped, convs, known, kept, images(), **options)
+    def survey(kept: Store, known: Searches = searches) -> tuple[dict, dict]:
+        trials = Trials(known.model, images(), known.importance)
+        return menus_and_sensitivities(mapped, convs, known, kept, trials, round_to=2)
 
     first = survey(Store(tmp_path, "run"))
-    assert set(first[0]) == set(first[1]) == set(first[2]) == set(NAMES)
-    assert all(sensitivity.scale > 0 for sensitivity in (*first[1].values(), *first[2].values()))
+    assert set(first[0]) == set(first[1]) == set(NAMES)
+    assert all(s.scale > 0 for kinds in first[1].values() for s in kinds.values())
     # As it was in memory, no image needed.
     batches.passes = 0
     assert survey(Store(tmp_path, "run"), made()[3]) == first
@@ -94,11 +94,10 @@ def test_menus_are_kept_layer_by_layer(tmp_path: Path) -> None:
 def test_predicted_errors() -> None:
     _, mapped, _, searches = made()
     convs = [conv for conv in mapped.convs if conv.name in NAMES]
-    menus, *_ = menus_and_sensitivities(
-        mapped, convs, searches, Store(None, ""), images(), macs=10**6, at_once=128, round_to=1
-    )
-    groups, pairs = (dict.fromkeys(NAMES, Sensitivity(scale, 1.5)) for scale in (2.0, 3.0))
-    known = Survey(menus, groups, pairs, {})
+    trials = Trials(searches.model, images())
+    menus, _ = menus_and_sensitivities(mapped, convs, searches, Store(None, ""), trials, round_to=1)
+    by_kind = {"grouped": Sensitivity(2.0, 1.5), "pair": Sensitivity(3.0, 1.5)}
+    known = Survey(menus, dict.fromkeys(NAMES, by_kind), {})
     for name, menu in menus.items():
         assert known.error(name, 0) == 0.0
         for index, candidate in enumerate(menu[1:], 1):

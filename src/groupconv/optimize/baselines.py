@@ -12,8 +12,9 @@ from torch import nn
 
 from groupconv.errors import ArgumentError, BudgetError, DataError
 from groupconv.optimize.convert import convert
+from groupconv.optimize.kept import kept_by_layers
 from groupconv.optimize.partition import Partition
-from groupconv.optimize.prune import importance, prunable, prune, refit_pruned, strongest
+from groupconv.optimize.prune import importance, prunable, prune, strongest
 from groupconv.optimize.refit import refit
 from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.trace import Trace
@@ -82,6 +83,9 @@ def pruned(
 ) -> nn.Module:
     """The network with the fewest channels pruned that meets a latency, refitted in closed form.
 
+    Layers are fitted to the original network's outputs, as in He, Zhang and Sun 2017
+    (https://arxiv.org/abs/1707.06168).
+
     Every space that can be pruned keeps the same fraction of its strands, those that the layers
     that read them vary by most. The fraction is found by bisection to 1/64, which takes it that
     latency does not fall when more channels are kept.
@@ -126,9 +130,9 @@ def pruned(
                 high = middle
     log.info("pruned to %.1f%% of the channels", 100 * low)
     kept = strongest(values, low)
-    net = prune(model, trace, kept)
-    refit_pruned(model, net, trace, kept, sampling)
-    return net
+    converted = convert(model, trace, kept_by_layers(trace, kept))
+    refit(model, converted, sampling, Store(None, ""), {})
+    return converted.model
 
 
 def _partitions(

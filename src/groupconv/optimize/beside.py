@@ -48,7 +48,7 @@ def beside(
     groups = {
         name: _groups(settled, convs[name].spec)
         for name, settled in layers.items()
-        if not convs[name].spec.linear
+        if not convs[name].spec.linear and convs[name].spec.groups == 1
     }
     ours = job.target.build(fitted, (job.example(job.batch_size),))
 

@@ -165,12 +165,20 @@ class _Program:
             replace(bound, costs=_scaled(bound.costs, scale)) if quantity == "latency" else bound
             for quantity, bound in self.bounds.items()
         ]
-        return self._decided(select(losses, scaled))
+        return self._decided(select(losses, scaled, self._ties()))
 
     def fastest(self) -> dict[str, Decision]:
         """What takes least time, all other bounds held."""
         others = [bound for quantity, bound in self.bounds.items() if quantity != "latency"]
-        return self._decided(select(self.bounds["latency"].costs, others))
+        return self._decided(select(self.bounds["latency"].costs, others, self._ties()))
+
+    def _ties(self) -> list[list[tuple[str, int]]]:
+        """Those of the survey that may be chosen, by their places."""
+        return [
+            [(name, self.allowed[name].index(index)) for name, index in tie]
+            for tie in self.survey.ties
+            if all(index in self.allowed[name] for name, index in tie)
+        ]
 
     def _decided(self, picked: Mapping[str, int]) -> dict[str, Decision]:
         decisions = {}
@@ -287,7 +295,8 @@ def _costs(
 def _numbers(candidate: Candidate, conv: TracedConv, layer: Layer, changed: bool) -> int:
     """Weights and biases; what is cut needs a bias where no batch norm can take its mean."""
     biased = layer.bias is not None or (changed and conv.batch_norm is None)
-    return weights(candidate.structure, conv.spec) + biased * conv.spec.out_channels
+    written = candidate.structure.specs(conv.spec)[-1].out_channels
+    return weights(candidate.structure, conv.spec) + biased * written
 
 
 def _loss(survey: Survey, name: str, index: int) -> float:
@@ -297,11 +306,20 @@ def _loss(survey: Survey, name: str, index: int) -> float:
 
 
 def _not_slower(survey: Survey) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Indices of the candidates that measure faster than the layer, and what was refused."""
+    """Indices of the candidates that measure faster than the layer, and what was refused.
+
+    Of those that stand together the sum counts.
+    """
     allowed, refused = {}, {}
+    together: dict[tuple[str, int], float] = {}
+    for tie in survey.ties:
+        gained = sum(survey.times[name][0] - survey.times[name][i] for name, i in tie)
+        together |= dict.fromkeys(tie, gained)
     for name, menu in survey.menus.items():
         times = survey.times[name]
-        slower = [i for i in range(1, len(menu)) if times[i] >= times[0]]
+        slower = [
+            i for i in range(1, len(menu)) if together.get((name, i), times[0] - times[i]) <= 0
+        ]
         allowed[name] = [i for i in range(len(menu)) if i not in slower]
         if slower:
             refused[name] = f"not faster than {menu[0]}: " + ", ".join(

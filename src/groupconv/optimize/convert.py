@@ -18,8 +18,18 @@ from torch import nn
 from groupconv.errors import ArgumentError, DataError
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.fold import reorder
+from groupconv.optimize.kept import (
+    Kept,
+    Shapes,
+    cut,
+    give_bias,
+    kept_by_layers,
+    stays,
+    strands_kept,
+)
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.partition import Partition
+from groupconv.optimize.prune import obstacles
 from groupconv.optimize.structure import (
     Grouped,
     Layer,
@@ -31,9 +41,9 @@ from groupconv.optimize.structure import (
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.recovery import Feature
 
-# What stands in place of a layer: a grouped convolution with the channels of its groups, or another
-# structure, which takes the channels as they come.
-Settled = Partition | Structure
+# What stands in place of a layer: a grouped convolution with the channels of its groups, the layer
+# with fewer channels, or another structure, which takes the channels as they come.
+Settled = Partition | Kept | Structure
 
 
 @dataclass(frozen=True)
@@ -91,11 +101,13 @@ class Converted:
     Args:
         model: the copy.
         edits: layer name to what stands there now.
+        shapes: of modules that have fewer channels now.
         convs: every traced convolution, changed or not, in the order in which they run.
     """
 
     model: nn.Module
     edits: dict[str, Edit]
+    shapes: Shapes
     convs: tuple[Placed, ...]
 
     @property
@@ -127,7 +139,8 @@ class Converted:
 def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Converted:
     """Put structures in place of layers, not refitted yet.
 
-    Grouped convolutions hold the weights of the original that they keep; others hold zeros.
+    Grouped convolutions and layers with fewer channels hold the weights of the original that they
+    keep; others hold zeros.
 
     Args:
         model: left as it was.
@@ -146,11 +159,16 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
         for name, partition in layers.items()
         if isinstance(partition, Partition)
     }
+    strands = _strands(trace, layers)
     net = copy.deepcopy(model)
     reorder(net, trace.members, orders.orders)
+    shapes = cut(net, trace, strands)
     edits, placed = {}, []
     for conv in trace.convs:
-        before, after = orders.channels(conv.inputs), orders.channels(conv.outputs)
+        before, after = (
+            tuple(orders.channels(axis)[i] for i in stays(axis, strands))
+            for axis in (conv.inputs, conv.outputs)
+        )
         if conv.name not in layers:
             placed.append(Placed(conv, conv.name, before, after, after))
             continue
@@ -170,18 +188,44 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
         bias = layer.bias is not None or conv.batch_norm is None
         edit = Edit(structure_of(layers[conv.name]), bias, order_in, order_out)
         edits[conv.name] = edit
+        if isinstance(layers[conv.name], Kept):
+            placed.append(Placed(conv, conv.name, before, after, after))
+            if bias:
+                smaller = net.get_submodule(conv.name)
+                assert isinstance(smaller, Layer)
+                give_bias(smaller)
+            continue
         apply_edits(net, {conv.name: edit})
         split = isinstance(net.get_submodule(conv.name), nn.Sequential)
         where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out, after)
         if isinstance(edit.structure, Grouped):
             _cut(layer, net.get_submodule(where.module), where, edit.structure.groups)
         placed.append(where)
-    return Converted(net, edits, tuple(placed))
+    others = {name: shape for name, shape in shapes.items() if name not in edits}
+    return Converted(net, edits, others, tuple(placed))
 
 
 def structure_of(settled: Settled) -> Structure:
     """What stands in place of a layer, whatever the channels of its groups."""
+    if isinstance(settled, Kept):
+        return settled.structure
     return Grouped(settled.groups) if isinstance(settled, Partition) else settled
+
+
+def without(trace: Trace, layers: Mapping[str, Settled], name: str) -> dict[str, Settled]:
+    """The layers but one, and if it has fewer channels those that share them as they were, too."""
+    rest = {other: settled for other, settled in layers.items() if other != name}
+    if isinstance(layers[name], Kept):
+        convs = {conv.name: conv for conv in trace.convs}
+        strands = _strands(trace, layers)
+        mine = {*convs[name].inputs.spaces, *convs[name].outputs.spaces}
+        left = kept_by_layers(trace, {s: some for s, some in strands.items() if s not in mine})
+        rest = {n: s for n, s in rest.items() if not isinstance(s, Kept)} | left
+    return {other: rest[other] for other in layers if other in rest}
+
+
+def _strands(trace: Trace, layers: Mapping[str, Settled]) -> dict[int, tuple[int, ...]]:
+    return strands_kept(trace, {n: s for n, s in layers.items() if isinstance(s, Kept)})
 
 
 def check(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> None:
@@ -194,7 +238,7 @@ def check(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> None
             wrong.append(f"layer {name!r} can't be converted: {reason}")
             continue
         spec = convs[name].spec
-        if 1 < spec.groups == spec.in_channels:
+        if 1 < spec.groups == spec.in_channels and not isinstance(settled, Kept):
             wrong.append(f"layer {name!r} is depthwise already, groups={spec.groups}")
             continue
         try:
@@ -211,6 +255,26 @@ def check(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> None
                     f"{name}: {listed[0]} input and {listed[1]} output channels listed; the "
                     f"layer has {spec.in_channels} and {spec.out_channels}"
                 )
+        if isinstance(settled, Kept):
+            wrong += [
+                f"{name}: kept {side} must be some of 0 to {count - 1}, ascending"
+                for side, kept, count in (
+                    ("inputs", settled.inputs, spec.in_channels),
+                    ("outputs", settled.outputs, spec.out_channels),
+                )
+                if list(kept) != sorted(set(kept) & set(range(count)))
+            ]
+    if not wrong:
+        try:
+            strands = _strands(trace, layers)
+            reasons = obstacles(model, trace) if strands else {}
+            wrong += [
+                f"channels that layers share can't be taken out: {reasons[space]}"
+                for space in strands
+                if space in reasons
+            ]
+        except DataError as error:
+            wrong.append(str(error))
     if wrong:
         raise DataError("plan: " + "; ".join(wrong))
 

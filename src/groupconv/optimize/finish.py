@@ -13,7 +13,7 @@ from groupconv import ranks
 from groupconv.data import Images
 from groupconv.optimize.beside import beside
 from groupconv.optimize.choose import Decision
-from groupconv.optimize.convert import Converted, convert, structure_of
+from groupconv.optimize.convert import Converted, convert, structure_of, without
 from groupconv.optimize.evaluate import Quality, compare
 from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
@@ -114,7 +114,7 @@ class Finish:
             reasons[worst] = why
             plan = replace(
                 plan,
-                layers={name: x for name, x in plan.layers.items() if name != worst},
+                layers=without(job.mapped, plan.layers, worst),
                 reasons={**plan.reasons, worst: why},
             )
         with job.step("evaluate"):
@@ -148,7 +148,9 @@ class Finish:
             with job.step("baselines"):
                 report["baselines"] = beside(job, plan.layers, carried.refitted, self._quality)
         if folder is not None and ranks.first():
-            save_weights(folder, converted.model, converted.edits, job.folded, job.baked)
+            save_weights(
+                folder, converted.model, converted.edits, job.folded, job.baked, converted.shapes
+            )
             write_report(folder, plan, report)
         return Result(converted.model, plan, report)
 

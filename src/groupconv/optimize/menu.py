@@ -5,15 +5,17 @@ brought into another by explicit permutations, which cost time. A layer that has
 get more of them, or fewer, which loses nothing: some runtimes are faster so.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from groupconv.kernels.spec import ConvSpec, legal_groups
+from groupconv.optimize.kept import Kept
 from groupconv.optimize.orders import Orders
 from groupconv.optimize.pair import fit_pair, pair_shapes
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.search import GIVEN, SCREEN, Search
-from groupconv.optimize.structure import Grouped, Structure, unchanged
+from groupconv.optimize.structure import Grouped, Structure, from_dict, to_dict, unchanged
 from groupconv.optimize.trace import Trace, TracedConv
 
 # Of the alternating fit of a pair, to compare it with the other structures.
@@ -32,6 +34,7 @@ class Candidate:
         partition: the groups of a grouped convolution as far as they were searched, or None.
         start: what they come from, see :class:`Found`; empty for other structures.
         permute_in, permute_out: whether an explicit permutation stands before or after it.
+        kept: the channels that stay of a layer with fewer of them, or None.
     """
 
     structure: Structure
@@ -40,9 +43,28 @@ class Candidate:
     start: str = ""
     permute_in: bool = False
     permute_out: bool = False
+    kept: Kept | None = None
 
     def __str__(self) -> str:
         return f"{self.structure}{' permuted' * (self.permute_in or self.permute_out)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"structure": to_dict(self.structure)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Candidate":
+        """What :meth:`to_dict` wrote."""
+        partition, kept = values["partition"], values["kept"]
+        if partition is not None:
+            orders = (tuple(partition[key]) for key in ("in_order", "out_order"))
+            partition = Partition(partition["groups"], *orders)
+        read = {
+            "structure": from_dict(values["structure"]),
+            "partition": partition,
+            "kept": None if kept is None else Kept.from_dict(kept),
+        }
+        return cls(**{**values, **read})
 
 
 def by_priority(convs: Sequence[TracedConv]) -> list[TracedConv]:

@@ -15,8 +15,9 @@ from groupconv.files import replacing
 from groupconv.optimize.bake import make_plain
 from groupconv.optimize.convert import Edit, Settled, apply_edits, structure_of
 from groupconv.optimize.fold import remove
+from groupconv.optimize.kept import Kept, Shapes, shrink
 from groupconv.optimize.partition import Partition
-from groupconv.optimize.structure import Grouped, from_dict, to_dict
+from groupconv.optimize.structure import Grouped, Narrowed, from_dict, to_dict
 
 _FORMAT = 1
 WEIGHTS, PLAN, REPORT, PAGE = "model.safetensors", "plan.json", "report.json", "report.html"
@@ -81,11 +82,20 @@ def _lines(settled: Settled) -> str:
     values = to_dict(structure_of(settled))
     if isinstance(settled, Partition):
         values |= {"in_order": settled.in_order, "out_order": settled.out_order}
+    if isinstance(settled, Kept):
+        values |= {"kept_in": settled.inputs, "kept_out": settled.outputs}
     return ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
 
 
 def _settled(name: str, layer: Mapping[str, Any]) -> Settled:
     structure = from_dict(layer)
+    if isinstance(structure, Narrowed):
+        kept = Kept.from_dict(
+            {"inputs": layer["kept_in"], "outputs": layer["kept_out"], "groups": structure.groups}
+        )
+        if kept.structure != structure:
+            raise DataError(f"plan: {name}: kept_in and kept_out must be as many as it says")
+        return kept
     given = [key for key in ("in_order", "out_order") if key in layer]
     if not given or not isinstance(structure, Grouped):
         return structure
@@ -104,6 +114,7 @@ def save_weights(
     edits: Mapping[str, Edit],
     folded: Sequence[str],
     baked: Sequence[str] = (),
+    shapes: Shapes | None = None,
 ) -> None:
     """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough.
 
@@ -113,9 +124,12 @@ def save_weights(
         edits: that made it.
         folded: names of its permutations that are identities.
         baked: names of its layers whose norm of the weight was made plain.
+        shapes: of its other modules that have fewer channels.
     """
     layers = {name: edit.to_dict() for name, edit in edits.items()}
     changes = {"layers": layers, "folded": list(folded), "baked": list(baked)}
+    if shapes:
+        changes["shapes"] = shapes
     _save(folder, model, json.dumps(changes))
 
 
@@ -156,12 +170,14 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         folded = [str(name) for name in changes["folded"]]
         baked = [str(name) for name in changes.get("baked", [])]
         edits = {name: Edit.from_dict(edit) for name, edit in changes["layers"].items()}
+        shapes = {name: dict(tensors) for name, tensors in changes.get("shapes", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: its list of converted layers is broken: {error!r}") from error
     try:
         make_plain(model, baked)
         remove(model, folded)
         apply_edits(model, edits)
+        shrink(model, shapes)
         model.load_state_dict(_state(model, load_file(str(path))))
     except (AttributeError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: weights of another network: {error}") from error

@@ -12,10 +12,14 @@ from groupconv.optimize.budget import Budget
 from groupconv.optimize.choose import Decision, choose
 from groupconv.optimize.job import Job
 from groupconv.optimize.latency import layer_times
+from groupconv.optimize.menu import Candidate
 from groupconv.optimize.moments import EXACT
+from groupconv.optimize.narrowing import Narrowing, narrowings
 from groupconv.optimize.plan import Plan
+from groupconv.optimize.sensitivity import Sensitivity, Trials
 from groupconv.optimize.settle import searched, settle
-from groupconv.optimize.survey import TRIAL_IMAGES, Survey, menus_and_sensitivities
+from groupconv.optimize.structure import unchanged
+from groupconv.optimize.survey import Survey, affordable, menus_and_sensitivities
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.optimize.visit import images_at_once
 
@@ -43,29 +47,42 @@ class Planner:
         self.job = job
         convs = _eligible(job.mapped, keep)
         log.info("%d of %d layers can be changed", len(convs), len(job.mapped.convs))
+        names = [conv.name for conv in convs]
+        store = job.store("survey", round_to, names)
+        trials = Trials(
+            job.model,
+            job.ready(affordable(job.images.images, len(convs), job.macs)),
+            job.importance,
+            job.mapped.ends,
+            images_at_once(job.pixels, job.device),
+        )
         with job.step("survey"):
-            surveyed = menus_and_sensitivities(
+            menus, sensitivities = menus_and_sensitivities(
+                job.mapped, convs, job.searches, store, trials, round_to=round_to
+            )
+            narrower = narrowings(
                 job.mapped,
-                convs,
+                _changeable(job.mapped, keep),
                 job.searches,
-                job.store("survey", round_to, [conv.name for conv in convs]),
-                job.ready(job.images.images[:TRIAL_IMAGES]),
-                macs=job.macs,
-                at_once=images_at_once(job.pixels, job.device),
+                store,
+                trials,
+                example=job.example(2),
                 round_to=round_to,
             )
+        ties = _offer(narrower, job.mapped, menus, sensitivities)
         with job.step("measure"):
             layers = {
                 conv.name: (
                     conv,
-                    [(c.structure, c.permute_in, c.permute_out) for c in surveyed[0][conv.name]],
+                    [(c.structure, c.permute_in, c.permute_out) for c in menus[conv.name]],
                 )
-                for conv in convs
+                for conv in job.mapped.convs
+                if conv.name in menus
             }
             times = ranks.on_first(
                 lambda: layer_times(layers, job.table, job.batch_size, job.weights)
             )
-        self.survey = Survey(*surveyed, times)
+        self.survey = Survey(menus, sensitivities, times, ties)
 
     def plan(self, budgets: Sequence[Budget]) -> tuple[Plan, dict[str, Decision]]:
         """The plan that loses least within the budgets, and what was decided for each layer.
@@ -84,9 +101,9 @@ class Planner:
             decisions = choice.decisions
             chosen = {name: decision.candidate for name, decision in decisions.items()}
             slopes = {
-                name: self.survey.sensitivities[name].slope(candidate.loss)
+                name: self.survey.sensitivities[name]["grouped"].slope(candidate.loss)
                 for name, candidate in chosen.items()
-                if self.survey.changes(name, candidate)
+                if searched(candidate.structure)
             }
             # All processes take part in their moments.
             job.searches(name for name, c in chosen.items() if searched(c.structure))
@@ -97,8 +114,41 @@ class Planner:
         return plan, decisions
 
 
+def _offer(
+    narrower: Sequence[Narrowing],
+    mapped: Trace,
+    menus: dict[str, list[Candidate]],
+    sensitivities: dict[str, dict[str, Sensitivity]],
+) -> list[list[tuple[str, int]]]:
+    """Add what spaces may lose to the menus, in place; gives what stands together."""
+    specs = {conv.name: conv.spec for conv in mapped.convs}
+    ties = []
+    for narrowing in narrower:
+        for candidates in narrowing.candidates:
+            tie = []
+            for name, candidate in candidates.items():
+                menu = menus.setdefault(name, [Candidate(unchanged(specs[name]), 0.0)])
+                tie.append((name, len(menu)))
+                menu.append(candidate)
+            ties.append(tie)
+        for name, sensitivity in narrowing.sensitivities.items():
+            sensitivities.setdefault(name, {})["narrowed"] = sensitivity
+    return ties
+
+
 def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
     """Layers that can be replaced and that the user does not keep."""
+    changeable = _changeable(mapped, keep)
+    return [
+        conv
+        for conv in mapped.convs
+        if conv.name in changeable
+        and (_narrow(conv.spec) if conv.spec.linear else _divides(conv.spec))
+    ]
+
+
+def _changeable(mapped: Trace, keep: Sequence[str]) -> set[str]:
+    """Names of the layers that can be fitted and that the user does not keep."""
     names = [conv.name for conv in mapped.convs]
     special = {FIRST: names[:1], LAST: [c.name for c in mapped.convs if _makes_output(mapped, c)]}
     kept: set[str] = set()
@@ -110,13 +160,7 @@ def _eligible(mapped: Trace, keep: Sequence[str]) -> list[TracedConv]:
                 f"{FIRST!r} and {LAST!r} name the ends of the network"
             )
         kept.update(found)
-    return [
-        conv
-        for conv in mapped.convs
-        if not conv.spec.transposed
-        and (_narrow(conv.spec) if conv.spec.linear else _divides(conv.spec))
-        and conv.name not in kept
-    ]
+    return {conv.name for conv in mapped.convs if not conv.spec.transposed} - kept
 
 
 def _divides(spec: ConvSpec) -> bool:

@@ -1,39 +1,24 @@
-"""Dense channel pruning: strands of channels taken out of a network, and its layers refitted.
-
-A strand (see :mod:`~groupconv.optimize.spaces`) leaves with every index of a parameter that runs
-along it, so that the network that is left is an ordinary smaller one. Layers that read fewer
-channels are fitted again to the original network's outputs, as in He, Zhang and Sun 2017
-(https://arxiv.org/abs/1707.06168).
-"""
+"""Dense channel pruning: which channels a network could lose, and which of them it needs least."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from groupconv.errors import ArgumentError
 from groupconv.optimize.cost import tensors_in
-from groupconv.optimize.fit import fit_groups
-from groupconv.optimize.moments import EXACT, group_moments
-from groupconv.optimize.sampling import Sampling
-from groupconv.optimize.spaces import Axis, Member
-from groupconv.optimize.structure import Layer, channels, layout
-from groupconv.optimize.trace import Trace, TracedConv
-from groupconv.optimize.wanted import Targets
+from groupconv.optimize.kept import RESIZABLE, cut, stays
+from groupconv.optimize.spaces import Member
+from groupconv.optimize.trace import Trace
 
 _Conv = nn.modules.conv._ConvNd
-_Norm = nn.modules.batchnorm._NormBase
-# Modules whose sizes follow from the shapes of their tensors.
-_RESIZABLE = (_Conv, _Norm, nn.Linear, nn.PReLU)
 
 # Runtimes work on vectors of channels: wide spaces keep a multiple of 8 of them.
 _MULTIPLE = 8
-_WIDE = 16
+WIDE = 16
 
 # Its multiples, modulo 1, spread evenly however many there are.
 _GOLDEN = 0.618034
@@ -57,7 +42,7 @@ def prunable(
     Returns:
         indices of spaces, and for each of the others the reason.
     """
-    reasons = _obstacles(model, trace)
+    reasons = obstacles(model, trace)
     for space in range(len(trace.spaces)):
         if space not in reasons and (why := _failure(model, trace, space, inputs)):
             reasons[space] = why
@@ -67,9 +52,6 @@ def prunable(
 @torch.no_grad()
 def prune(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) -> nn.Module:
     """A copy without some strands; its weights are those of the original, cut, not refitted.
-
-    A convolution that reads fewer channels, and has neither a bias nor a batch norm of its own, is
-    given a bias of 0 for :func:`refit_pruned` to set.
 
     Args:
         model: left as it was.
@@ -81,22 +63,7 @@ def prune(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) -> 
     """
     _check(model, trace, kept)
     net = copy.deepcopy(model)
-    for member in trace.members:
-        if kept.keys().isdisjoint(member.runs.spaces):
-            continue
-        tensor: Tensor = getattr(net.get_submodule(member.module), member.parameter)
-        index = torch.from_numpy(_stays(member.runs, kept)).to(tensor.device)
-        # Its data, so that modules that share the tensor go on sharing it.
-        fewer = tensor.data.index_select(member.axis, index)
-        tensor.data = fewer.contiguous(memory_format=layout(tensor))
-    for module in net.modules():
-        _resize(module)
-    for conv in _refittable(trace, kept):
-        module = net.get_submodule(conv.name)
-        if module.bias is None and conv.batch_norm is None:
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            module.bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+    cut(net, trace, kept)
     return net
 
 
@@ -158,66 +125,13 @@ def strongest(importance: Mapping[int, Tensor], fraction: float) -> dict[int, tu
     kept = {}
     for number, (space, values) in enumerate(importance.items(), 1):
         count = len(values)
-        step = _MULTIPLE if count >= _WIDE else 1
+        step = _MULTIPLE if count >= WIDE else 1
         room = fraction * count + step * (number * _GOLDEN % 1)
         stay = max(n for n in (*range(step, count, step), count) if n <= max(room, step))
         if stay < count:
             best = values.argsort(descending=True, stable=True)[:stay]
             kept[space] = tuple(sorted(best.tolist()))
     return kept
-
-
-@torch.no_grad()
-def refit_pruned(
-    original: nn.Module,
-    pruned: nn.Module,
-    trace: Trace,
-    kept: Mapping[int, Sequence[int]],
-    sampling: Sampling,
-) -> dict[str, float]:
-    """Fit every dense layer that reads fewer channels in closed form, in place.
-
-    In forward order, on the pruned network's inputs against the original's outputs.
-
-    Args:
-        original, pruned: networks in evaluation mode, the latter from :func:`prune`.
-        trace: of the original.
-        kept: as it was given to :func:`prune`.
-        sampling: of the calibration images.
-
-    Returns:
-        layer name to the share of the output's variance that is lost there.
-
-    Raises:
-        DataError: activations are not finite.
-    """
-    losses = {}
-    writes_now = {conv.name: _stays(conv.outputs, kept).tolist() for conv in trace.convs}
-    targets = Targets(original, trace.convs, sampling, writes_now)
-    for conv in _refittable(trace, kept):
-        module = pruned.get_submodule(conv.name)
-        assert isinstance(module, Layer)
-        reads, writes = channels(module)
-        spec = replace(conv.spec, in_channels=reads, out_channels=writes)
-        groups = group_moments(
-            pruned,
-            (replace(conv, spec=spec), conv.name),
-            sampling,
-            targets,
-            groups=1,
-            outputs=writes_now[conv.name],
-        )
-        result = fit_groups(groups, module.weight)
-        module.weight.copy_(result.weight)
-        if module.bias is not None:
-            module.bias.copy_(result.bias)
-        else:
-            assert conv.batch_norm is not None
-            mean = pruned.get_submodule(conv.batch_norm).running_mean
-            assert isinstance(mean, Tensor)
-            mean.sub_(result.bias.to(mean.device))
-        losses[conv.name] = result.loss
-    return losses
 
 
 class _Variance:
@@ -258,28 +172,7 @@ def _readers(model: nn.Module, trace: Trace) -> Iterator[Member]:
             yield member
 
 
-def _refittable(trace: Trace, kept: Mapping[int, Sequence[int]]) -> Iterator[TracedConv]:
-    """The dense layers that read fewer channels, in the order in which they run.
-
-    But for linear layers whose sums would not fit into memory.
-    """
-    for conv in trace.convs:
-        wide = conv.spec.linear and conv.spec.in_channels > EXACT
-        if conv.spec.groups == 1 and not wide and not kept.keys().isdisjoint(conv.inputs.spaces):
-            yield conv
-
-
-def _stays(axis: Axis, kept: Mapping[int, Sequence[int]]) -> NDArray[np.int64]:
-    """The positions on an axis that stay."""
-    stays = np.ones(len(axis.spaces), dtype=bool)
-    for space, positions in axis.parts.items():
-        if space in kept:
-            stays[positions] = False
-            stays[positions[list(kept[space])]] = True
-    return np.flatnonzero(stays)
-
-
-def _obstacles(model: nn.Module, trace: Trace) -> dict[int, str]:
+def obstacles(model: nn.Module, trace: Trace) -> dict[int, str]:
     """Spaces that can't be pruned, as far as can be said without running the network."""
     rigid: dict[int, str] = {}
     for member in trace.members:
@@ -287,7 +180,7 @@ def _obstacles(model: nn.Module, trace: Trace) -> dict[int, str]:
         kind = f"{member.module or 'the network'} ({type(module).__name__})"
         if isinstance(module, _Conv) and module.groups not in (1, module.in_channels):
             rigid |= dict.fromkeys(member.runs.spaces, f"{kind} has groups={module.groups}")
-        elif not isinstance(module, _RESIZABLE):
+        elif not isinstance(module, RESIZABLE):
             why = f"{kind} is not a module that can be made smaller"
             rigid |= dict.fromkeys(member.runs.spaces, why)
     written = {space for conv in trace.convs for space in conv.outputs.spaces}
@@ -315,7 +208,7 @@ def _failure(model: nn.Module, trace: Trace, space: int, inputs: tuple[Tensor, .
     for reader in _readers(model, trace):
         weight = model.get_submodule(reader.module).weight
         assert isinstance(weight, Tensor)
-        gone = np.setdiff1d(np.arange(len(reader.runs.spaces)), _stays(reader.runs, kept))
+        gone = np.setdiff1d(np.arange(len(reader.runs.spaces)), stays(reader.runs, kept))
         index = torch.from_numpy(gone).to(weight.device)
         ignoring[f"{reader.module}.weight".lstrip(".")] = weight.index_fill(reader.axis, index, 0)
     expected = tensors_in(functional_call(model, ignoring, inputs))
@@ -330,7 +223,7 @@ def _failure(model: nn.Module, trace: Trace, space: int, inputs: tuple[Tensor, .
 
 
 def _check(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) -> None:
-    reasons, count = _obstacles(model, trace), len(trace.spaces)
+    reasons, count = obstacles(model, trace), len(trace.spaces)
     for space, strands in kept.items():
         if space not in range(count):
             raise ArgumentError(f"kept: space {space!r} is not one of the {count} of the trace")
@@ -342,22 +235,3 @@ def _check(model: nn.Module, trace: Trace, kept: Mapping[int, Sequence[int]]) ->
                 f"kept: space {space} keeps {list(strands)}; it must keep one or more of its "
                 f"strands 0 to {channels - 1}, each once"
             )
-
-
-def _resize(module: nn.Module) -> None:
-    """Set a module's sizes by the shapes of its tensors."""
-    if isinstance(module, _Conv):
-        rows, width = module.weight.shape[:2]
-        if module.groups > 1:
-            # Its groups are as many as before for each row, whether whole or depthwise.
-            before = module.in_channels if module.transposed else module.out_channels
-            module.groups = rows * module.groups // before
-        sizes = (rows, width * module.groups)
-        module.in_channels, module.out_channels = sizes if module.transposed else sizes[::-1]
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, _Norm):
-        vectors = [v for v in (module.weight, module.running_mean) if v is not None]
-        module.num_features = len(vectors[0]) if vectors else module.num_features

@@ -22,7 +22,7 @@ from groupconv.optimize.moments import EXACT, group_moments, layer_moments
 from groupconv.optimize.pair import fit_pair
 from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
-from groupconv.optimize.structure import Layer, Pair, dense_weight
+from groupconv.optimize.structure import Layer, Narrowed, Pair, dense_weight
 from groupconv.optimize.wanted import Targets
 from groupconv.store import Store
 
@@ -62,7 +62,10 @@ def refit(
     convs = events.followed("refit", converted.convs, len(converted.convs))
     for placed in convs:
         name, edit = placed.conv.name, converted.edits.get(placed.conv.name)
-        if edit is None and not (losses and _refittable(net, placed)):
+        if edit is None and not losses:
+            continue
+        as_it_was = edit is None or isinstance(edit.structure, Narrowed)
+        if as_it_was and not _refittable(net, placed):
             continue
         # A layer's weights depend on all that was done before it.
         step = f"{history} {name} {edit} {placed.channels_in} {placed.channels_out}"
@@ -87,7 +90,7 @@ def _kept(store: Store, name: str, found: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _refittable(net: nn.Module, placed: Placed) -> bool:
-    """Whether an unchanged layer can be fitted: its moments small, its mean free to move."""
+    """Whether a layer that was not replaced can be fitted: small moments, a mean free to move."""
     spec, conv = placed.conv.spec, net.get_submodule(placed.module)
     inputs = spec.in_channels // spec.groups * math.prod(spec.kernel_size)
     mean_moves = conv.bias is not None or placed.conv.batch_norm is not None
@@ -100,12 +103,19 @@ def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, T
     assert isinstance(conv, Layer)
     # The inputs arrive in the new layer's order already; the outputs are the original's. Its
     # weights are still those of the original, cut.
+    count = getattr(conv, "groups", 1)
+    spec = replace(
+        placed.conv.spec,
+        in_channels=len(placed.channels_in),
+        out_channels=len(placed.channels_out),
+        groups=count,
+    )
     groups = group_moments(
         net,
-        (placed.conv, placed.module),
+        (replace(placed.conv, spec=spec), placed.module),
         targets.sampling,
         targets,
-        groups=getattr(conv, "groups", 1),
+        groups=count,
         outputs=placed.channels_out,
     )
     found = fit_groups(groups, conv.weight)

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,12 +29,17 @@ class Bound:
     most: float
 
 
-def select(losses: Mapping[str, Sequence[float]], bounds: Sequence[Bound]) -> dict[str, int]:
+def select(
+    losses: Mapping[str, Sequence[float]],
+    bounds: Sequence[Bound],
+    ties: Iterable[Sequence[tuple[str, int]]] = (),
+) -> dict[str, int]:
     """Choose one candidate per layer: least summed loss, all bounds held.
 
     Args:
         losses: layer name to one number per candidate.
-        bounds: at least one.
+        bounds: of the costs.
+        ties: candidates, as names and indices, that are chosen together or not at all.
 
     Returns:
         layer name to the index of its candidate.
@@ -63,6 +68,12 @@ def select(losses: Mapping[str, Sequence[float]], bounds: Sequence[Bound]) -> di
         # In shares of the bound: seconds and MACs differ by fifteen orders of magnitude.
         scale = bound.most or 1.0
         constraints.append(LinearConstraint(cost[None, :] / scale, ub=bound.most / scale))
+    first = dict(zip(losses, np.searchsorted(owner, np.arange(len(losses))), strict=True))
+    for (name, index), *others in ties:
+        for other, place in others:
+            together = np.zeros((1, len(loss)))
+            together[0, first[name] + index], together[0, first[other] + place] = 1.0, -1.0
+            constraints.append(LinearConstraint(together, lb=0.0, ub=0.0))
     with _stdout_set_aside():
         result = milp(
             loss, constraints=constraints, integrality=np.ones_like(loss), bounds=Bounds(0, 1)
@@ -70,10 +81,7 @@ def select(losses: Mapping[str, Sequence[float]], bounds: Sequence[Bound]) -> di
     if result.x is None:
         raise BudgetError(f"no choice of structures holds every bound: {result.message}")
     picked = np.flatnonzero(result.x > 0.5)
-    return {
-        name: int(index - np.flatnonzero(owner == i)[0])
-        for i, (name, index) in enumerate(zip(losses, picked, strict=True))
-    }
+    return {name: int(index - first[name]) for name, index in zip(losses, picked, strict=True)}
 
 
 @contextmanager

@@ -7,12 +7,13 @@ error of the output as a power of the layer's loss; the others of that kind are 
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +71,16 @@ class Trials:
     ) -> None:
         self.model, self.importance = model, importance or {}
         self.outputs = partial(outputs, model, images, ends, at_once)
-        self.exact = self.outputs()
-        self.spreads = [
+
+    @cached_property
+    def exact(self) -> list[Tensor]:
+        """What the network gives as it is, once it is asked for."""
+        return self.outputs()
+
+    @cached_property
+    def spreads(self) -> list[float]:
+        """Variance of each output between images, times their number."""
+        return [
             float((exact - exact.mean(0)).square().sum().clamp_min(1e-30)) for exact in self.exact
         ]
 
@@ -104,7 +113,9 @@ class Trials:
         assert isinstance(layer, Layer)
         dense = dense_weight(layer)
         if candidate.partition is not None:
-            weight = refitted(problem, dense, candidate.partition)
+            weight = refitted(problem, dense, of_groups(candidate.partition))
+        elif candidate.kept is not None:
+            weight = refitted(problem, dense, [(candidate.kept.inputs, range(len(dense)))])
         else:
             assert isinstance(candidate.structure, Pair)
             weight = fit_pair(problem, candidate.structure, sweeps=SWEEPS).dense()
@@ -137,29 +148,36 @@ def _ends(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [least, most] if most.loss > 1.2 * least.loss else [least]
 
 
-def refitted(problem: Regression, weight: Tensor, partition: Partition) -> Tensor:
-    """The trained weights cut into groups; what is cut is predicted by what is kept.
+def of_groups(partition: Partition) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Inputs and outputs of each group."""
+    inputs, outputs = (
+        np.reshape(order, (partition.groups, -1)).tolist()
+        for order in (partition.in_order, partition.out_order)
+    )
+    return list(zip(inputs, outputs, strict=True))
+
+
+def refitted(
+    problem: Regression, weight: Tensor, blocks: Iterable[tuple[Sequence[int], Sequence[int]]]
+) -> Tensor:
+    """The trained weights cut to some blocks; what is cut is predicted by what is kept.
 
     Args:
         problem: of the layer in the original network, where the outputs are the weights times the
-            inputs: the best weights of a group are ``W H_:S H_SS^-1``.
+            inputs: the best weights of a block are ``W H_:S H_SS^-1``.
         weight: ``(C_out, C_in, *k)``.
-        partition: the groups.
+        blocks: inputs, and the outputs that keep them.
 
     Returns:
-        as ``weight``, in the same order, zero between the groups.
+        as ``weight``, in the same order, zero outside the blocks.
     """
     dense = weight.detach().double().cpu().flatten(1)
     # The separable problem has one input per channel: each tap is fitted alike.
     by_input = dense.reshape(len(dense), len(problem.h), -1).transpose(1, 2)
     result = torch.zeros_like(by_input)
     taps = torch.arange(result.shape[1])
-    for inputs, rows in zip(
-        torch.tensor(partition.in_order).chunk(partition.groups),
-        torch.tensor(partition.out_order).chunk(partition.groups),
-        strict=True,
-    ):
-        kept = problem.rows(inputs)
+    for inputs, written in blocks:
+        kept, rows = problem.rows(inputs), torch.tensor(written)
         factor = torch.linalg.cholesky(problem.h[kept[:, None], kept])
         predicts = torch.cholesky_solve(problem.h[kept], factor)
         result[rows[:, None, None], taps[:, None], kept] = by_input[rows] @ predicts.T

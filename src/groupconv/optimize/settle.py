@@ -122,7 +122,7 @@ def _complete(
     trace: Trace, chosen: Mapping[str, Candidate], partitions: Mapping[str, Partition]
 ) -> dict[str, Settled]:
     return {
-        conv.name: partitions.get(conv.name, chosen[conv.name].structure)
+        conv.name: partitions.get(conv.name, chosen[conv.name].kept or chosen[conv.name].structure)
         for conv in by_priority(trace.convs)
         if _changed(conv, chosen)
     }

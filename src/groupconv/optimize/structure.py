@@ -74,17 +74,55 @@ class Grouped:
             conv: the layer to replace.
             bias: whether there must be a bias.
         """
-        weight, (reads, writes) = conv.weight, channels(conv)
-        size = (writes, reads // self.groups, *weight.shape[2:])
-        fresh = torch.zeros(size, dtype=weight.dtype, device=weight.device)
-        fresh = fresh.contiguous(memory_format=layout(weight))
-        if not isinstance(conv, nn.Linear):
-            conv.groups = self.groups
-        conv.weight = nn.Parameter(fresh, weight.requires_grad)
-        if bias and conv.bias is None:
-            zeros = torch.zeros(writes, dtype=weight.dtype, device=weight.device)
-            conv.bias = nn.Parameter(zeros, weight.requires_grad)
-        return OrderedDict(conv=conv)
+        return OrderedDict(conv=_emptied(conv, *channels(conv), self.groups, bias))
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """The layer itself with fewer channels.
+
+    Args:
+        inputs, outputs: channels that are left.
+        groups: 1, or of a depthwise convolution as many as inputs.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int = 1
+
+    def __str__(self) -> str:
+        depthwise = ", depthwise" * (self.groups > 1)
+        return f"{self.inputs} to {self.outputs} channels{depthwise}"
+
+    def check(self, where: str, layer: Layer) -> None:
+        """Raise ArgumentError unless the structure can stand in place of a layer."""
+        for side, left, now in zip(
+            ("inputs", "outputs"), (self.inputs, self.outputs), channels(layer), strict=True
+        ):
+            if not 1 <= left <= now:
+                raise ArgumentError(f"{where}: {side}={left} must be 1 to {now}, which it has now")
+        depthwise = getattr(layer, "groups", 1) > 1
+        if self.groups != (self.inputs if depthwise else 1):
+            raise ArgumentError(
+                f"{where}: groups={self.groups} must be "
+                + (f"{self.inputs}, one for each input" if depthwise else "1")
+            )
+        check_groups(where, self.inputs, self.outputs, self.groups)
+
+    def specs(self, layer: ConvSpec) -> tuple[ConvSpec, ...]:
+        """Its convolution in place of a layer."""
+        return (
+            replace(layer, in_channels=self.inputs, out_channels=self.outputs, groups=self.groups),
+        )
+
+    def build(self, conv: Layer, bias: bool) -> OrderedDict[str, nn.Module]:
+        """The convolution itself, cut, the weights zero.
+
+        Args:
+            conv: the layer to replace.
+            bias: whether there must be a bias.
+        """
+        return OrderedDict(conv=_emptied(conv, self.inputs, self.outputs, self.groups, bias))
 
 
 @dataclass(frozen=True)
@@ -177,6 +215,23 @@ class Pair:
         return steps
 
 
+def _emptied(conv: Layer, inputs: int, outputs: int, groups: int, bias: bool) -> Layer:
+    """The layer itself, its weights zero and of other sizes."""
+    weight = conv.weight
+    size = (outputs, inputs // groups, *weight.shape[2:])
+    fresh = weight.new_zeros(size).contiguous(memory_format=layout(weight))
+    if isinstance(conv, nn.Linear):
+        conv.in_features, conv.out_features = inputs, outputs
+    else:
+        conv.in_channels, conv.out_channels, conv.groups = inputs, outputs, groups
+    conv.weight = nn.Parameter(fresh, weight.requires_grad)
+    if conv.bias is None and bias:
+        conv.bias = nn.Parameter(weight.new_zeros(outputs), weight.requires_grad)
+    elif conv.bias is not None and len(conv.bias) != outputs:
+        conv.bias = nn.Parameter(weight.new_zeros(outputs), conv.bias.requires_grad)
+    return conv
+
+
 def _check_axes(where: str, layer: Layer, structure: "Structure") -> None:
     if isinstance(layer, nn.Linear):
         raise ArgumentError(
@@ -192,14 +247,19 @@ def layout(weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-Structure = Grouped | Pair
-_KINDS: dict[str, type[Structure]] = {"grouped": Grouped, "pair": Pair}
+Structure = Grouped | Narrowed | Pair
+_KINDS: dict[str, type[Structure]] = {"grouped": Grouped, "narrowed": Narrowed, "pair": Pair}
 DENSE = Grouped(1)
 
 
 def unchanged(layer: ConvSpec) -> Grouped:
     """The structure that a layer has before anything stands in its place."""
     return Grouped(layer.groups)
+
+
+def kind(structure: Structure) -> str:
+    """Its name in plans."""
+    return next(name for name, cls in _KINDS.items() if type(structure) is cls)
 
 
 def macs(structure: Structure, layer: ConvSpec) -> int:
@@ -214,8 +274,7 @@ def weights(structure: Structure, layer: ConvSpec) -> int:
 
 def to_dict(structure: Structure) -> dict[str, Any]:
     """Plain values, for JSON."""
-    kind = next(name for name, cls in _KINDS.items() if type(structure) is cls)
-    return {"structure": kind, **asdict(structure)}
+    return {"structure": kind(structure), **asdict(structure)}
 
 
 def from_dict(values: Mapping[str, Any]) -> Structure:
@@ -224,10 +283,12 @@ def from_dict(values: Mapping[str, Any]) -> Structure:
     Raises:
         DataError: there is no structure of that kind.
     """
-    kind = str(values.get("structure", "grouped"))
-    if kind not in _KINDS:
-        raise DataError(f"structure={kind!r} must be one of {', '.join(_KINDS)}")
-    if kind == "grouped":
+    name = str(values.get("structure", "grouped"))
+    if name not in _KINDS:
+        raise DataError(f"structure={name!r} must be one of {', '.join(_KINDS)}")
+    if name == "grouped":
         return Grouped(int(values["groups"]))
+    if name == "narrowed":
+        return Narrowed(*(int(values[n]) for n in ("inputs", "outputs", "groups")))
     middle, groups, pointwise = (int(values[n]) for n in ("middle", "groups", "pointwise_groups"))
     return Pair(middle, groups, pointwise, bool(values["shuffle"]))

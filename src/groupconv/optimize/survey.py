@@ -12,12 +12,11 @@ from groupconv import events, ranks
 from groupconv.optimize.covariance import Moments, SeparableMoments
 from groupconv.optimize.menu import Candidate, freedom, menu
 from groupconv.optimize.moments import EXACT, layer_moments
-from groupconv.optimize.partition import Partition
 from groupconv.optimize.sampling import Sampling
 from groupconv.optimize.schur import Regression
 from groupconv.optimize.search import Search
 from groupconv.optimize.sensitivity import Sensitivity, Trials
-from groupconv.optimize.structure import Layer, Pair, dense_weight, from_dict, to_dict
+from groupconv.optimize.structure import Layer, dense_weight, kind
 from groupconv.optimize.trace import Trace, TracedConv
 from groupconv.store import Store
 
@@ -28,7 +27,7 @@ _SUMS_BYTES = 1 << 30
 # Multiply-adds to spend on trying cuts in the network, and the images to try them on.
 _TRIAL_MACS = 2e12
 _TRIALS = 4
-_LEAST_IMAGES, TRIAL_IMAGES = 8, 256
+_LEAST_IMAGES, _MOST_IMAGES = 8, 256
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,23 @@ class Survey:
 
     Args:
         menus: layer name to its candidates.
-        sensitivities: layer name to what its loss costs the network where it is cut into groups.
-        pair_sensitivities: the same where a pair stands in its place.
+        sensitivities: layer name, and the kind of structure that stands in its place, to what its
+            loss costs the network.
         times: layer name to measured seconds of every candidate.
+        ties: candidates that stand together or not at all, as names and indices.
     """
 
     menus: Mapping[str, Sequence[Candidate]]
-    sensitivities: Mapping[str, Sensitivity]
-    pair_sensitivities: Mapping[str, Sensitivity]
+    sensitivities: Mapping[str, Mapping[str, Sensitivity]]
     times: Mapping[str, Sequence[float]]
+    ties: Sequence[Sequence[tuple[str, int]]] = ()
 
     def error(self, name: str, index: int) -> float:
         """Predicted error of the network's output where a layer takes one of its candidates."""
         candidate = self.menus[name][index]
-        paired = isinstance(candidate.structure, Pair)
-        found = self.pair_sensitivities if paired else self.sensitivities
-        return found[name].error(candidate.loss)
+        if candidate.loss == 0:
+            return 0.0
+        return self.sensitivities[name][kind(candidate.structure)].error(candidate.loss)
 
     def changes(self, name: str, candidate: Candidate) -> bool:
         """Whether a candidate is not the layer as it is."""
@@ -124,13 +124,11 @@ def menus_and_sensitivities(
     convs: Sequence[TracedConv],
     searches: Searches,
     store: Store,
-    images: Tensor,
+    trials: Trials,
     *,
-    macs: int,
-    at_once: int,
     round_to: int,
-) -> tuple[dict[str, list[Candidate]], dict[str, Sensitivity], dict[str, Sensitivity]]:
-    """The menu of every layer, and what its loss costs the network, cut into groups and as a pair.
+) -> tuple[dict[str, list[Candidate]], dict[str, dict[str, Sensitivity]]]:
+    """The menu of every layer, and what its loss costs the network by the kind of structure.
 
     Kept layer by layer. Several processes share the layers.
 
@@ -139,9 +137,7 @@ def menus_and_sensitivities(
         convs: layers that can be cut.
         searches: of the layers.
         store: of the run.
-        images: ``(N, C, H, W)``, to try cuts on: :data:`TRIAL_IMAGES` at most.
-        macs: of the network, for one image.
-        at_once: images per forward pass.
+        trials: in the network.
         round_to: see :func:`menu`.
     """
     free = freedom(mapped, convs)
@@ -149,45 +145,45 @@ def menus_and_sensitivities(
         lambda: {conv.name: store.read(f"menu of {conv.name}") for conv in convs}
     )
     missing = {conv.name: conv for conv in convs if known[conv.name] is None}
-    if missing:
-        count = int(_TRIAL_MACS / (_TRIALS * len(convs) * macs))
-        images = images[: max(count, _LEAST_IMAGES)]
-        trials = Trials(searches.model, images, searches.importance, mapped.ends, at_once)
     mine: dict[str, Any] = {}
     share = searches.each(missing, spread=True)
     for name, search in events.followed("survey", share, len(missing) // ranks.count()):
         candidates = menu(missing[name], search, free[name], round_to=round_to)
-        kinds = {
-            "sensitivity": [c for c in candidates if not isinstance(c.structure, Pair)],
-            "pair_sensitivity": [c for c in candidates if isinstance(c.structure, Pair)],
+        found = {
+            of: asdict(trials.sensitivity(name, search.problem, some))
+            for of, some in _by_kind(candidates).items()
         }
-        mine[name] = {"candidates": [_to_dict(candidate) for candidate in candidates]} | {
-            kind: asdict(trials.sensitivity(name, search.problem, some))
-            for kind, some in kinds.items()
-        }
+        mine[name] = {"candidates": [c.to_dict() for c in candidates], "sensitivities": found}
         store.write(f"menu of {name}", mine[name])
         log.info("%s: %d candidates", name, len(candidates))
     for theirs in ranks.gathered(mine):
         known |= theirs
     return (
-        {name: [_from_dict(c) for c in kept["candidates"]] for name, kept in known.items()},
-        {name: Sensitivity(**kept["sensitivity"]) for name, kept in known.items()},
-        {name: Sensitivity(**kept["pair_sensitivity"]) for name, kept in known.items()},
+        {n: [Candidate.from_dict(c) for c in kept["candidates"]] for n, kept in known.items()},
+        {
+            name: {of: Sensitivity(**s) for of, s in kept["sensitivities"].items()}
+            for name, kept in known.items()
+        },
     )
 
 
-def _to_dict(candidate: Candidate) -> dict[str, Any]:
-    return asdict(candidate) | {"structure": to_dict(candidate.structure)}
+def affordable(images: Tensor, layers: int, macs: int) -> Tensor:
+    """As many of some images as there is time to try cuts of layers on.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        layers: how many.
+        macs: of the network, for one image.
+    """
+    count = int(_TRIAL_MACS / (_TRIALS * max(layers, 1) * macs))
+    return images[: min(max(count, _LEAST_IMAGES), _MOST_IMAGES)]
 
 
-def _from_dict(values: Mapping[str, Any]) -> Candidate:
-    partition = values["partition"]
-    if partition is not None:
-        partition = Partition(
-            partition["groups"], tuple(partition["in_order"]), tuple(partition["out_order"])
-        )
-    structure = from_dict(values["structure"])
-    return Candidate(**{**values, "structure": structure, "partition": partition})
+def _by_kind(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    found: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(kind(candidate.structure), []).append(candidate)
+    return found
 
 
 def _passes(convs: Sequence[TracedConv]) -> Iterator[list[TracedConv]]:
