@@ -36,7 +36,7 @@ def test_baked_and_converted(wrap: object, tmp_path: Path) -> None:
         mapped = trace(plain, (x,))
         assert mapped.skipped == {}
         converted = convert(plain, mapped, {"2": Partition.identity(2, 8, 8)})
-        save_weights(tmp_path, converted.model, converted.edits, (), names)
+        save_weights(tmp_path, converted, (), names)
         assert_close(load(tmp_path, build(wrap))(x), converted.model(x), rtol=0, atol=0)
 
 

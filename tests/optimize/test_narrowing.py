@@ -169,7 +169,7 @@ def test_a_smaller_network_is_refitted_saved_and_loaded(tmp_path: Path) -> None:
     assert (before - expected).norm() > 0.05 * expected.norm()
     assert (result - expected).norm() < 0.01 * expected.norm()
     assert (converted.model.depth.groups, converted.model.depth_norm.num_features) == (16, 16)
-    save_weights(tmp_path, converted.model, converted.edits, (), (), converted.shapes)
+    save_weights(tmp_path, converted)
     again = load(tmp_path, copy.deepcopy(net))
     with torch.no_grad():
         assert_close(again(X), result, rtol=0, atol=0)

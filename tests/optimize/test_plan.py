@@ -39,7 +39,7 @@ def converted() -> Converted:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     done = converted()
-    save_weights(tmp_path, done.model, done.edits, ())
+    save_weights(tmp_path, done)
     return tmp_path
 
 

@@ -80,7 +80,7 @@ def test_planted_pairs_survive_conversion_refit_and_files(
     assert losses == pytest.approx({"conv1": 0, "conv2": 0}, abs=1e-5)
     assert_close(outputs(converted.model, x), expected, rtol=2e-3, atol=2e-3)
 
-    save_weights(tmp_path, converted.model, converted.edits, ())
+    save_weights(tmp_path, converted)
     loaded = load(tmp_path, residual(seed=9))
     assert_close(outputs(loaded, x), outputs(converted.model, x), rtol=0, atol=0)
     assert [m.shape for m in loaded.parameters()] == [m.shape for m in converted.model.parameters()]
@@ -97,7 +97,7 @@ def test_planted_pointwise_pairs(pair: Pair, norm: bool, tmp_path: Path) -> None
     assert (converted.model[2].pointwise.bias is None) == norm
     assert losses == pytest.approx({"2": 0}, abs=1e-5)
     assert_close(outputs(converted.model, x), outputs(model, x), rtol=1e-3, atol=1e-3)
-    save_weights(tmp_path, converted.model, converted.edits, ())
+    save_weights(tmp_path, converted)
     loaded = load(tmp_path, pointwise(norm))
     assert_close(outputs(loaded, x), outputs(converted.model, x), rtol=0, atol=0)
 

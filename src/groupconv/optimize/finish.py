@@ -148,9 +148,7 @@ class Finish:
             with job.step("baselines"):
                 report["baselines"] = beside(job, plan.layers, carried.refitted, self._quality)
         if folder is not None and ranks.first():
-            save_weights(
-                folder, converted.model, converted.edits, job.folded, job.baked, converted.shapes
-            )
+            save_weights(folder, converted, job.folded, job.baked)
             write_report(folder, plan, report)
         return Result(converted.model, plan, report)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from groupconv.errors import DataError
 from groupconv.files import replacing
 from groupconv.optimize.bake import make_plain
-from groupconv.optimize.convert import Edit, Settled, apply_edits, structure_of
+from groupconv.optimize.convert import Converted, Edit, Settled, apply_edits, structure_of
 from groupconv.optimize.fold import remove
-from groupconv.optimize.kept import Kept, Shapes, shrink
+from groupconv.optimize.kept import Kept, shrink
 from groupconv.optimize.partition import Partition
 from groupconv.optimize.structure import Grouped, Narrowed, from_dict, to_dict
 
@@ -109,28 +109,23 @@ def _settled(name: str, layer: Mapping[str, Any]) -> Settled:
 
 
 def save_weights(
-    folder: Path,
-    model: nn.Module,
-    edits: Mapping[str, Edit],
-    folded: Sequence[str],
-    baked: Sequence[str] = (),
-    shapes: Shapes | None = None,
+    folder: Path, converted: Converted, folded: Sequence[str] = (), baked: Sequence[str] = ()
 ) -> None:
     """Write ``model.safetensors``; its metadata carry the edits, so that the file is enough.
 
     Args:
         folder: where to.
-        model: the converted network.
-        edits: that made it.
+        converted: the network.
         folded: names of its permutations that are identities.
         baked: names of its layers whose norm of the weight was made plain.
-        shapes: of its other modules that have fewer channels.
     """
-    layers = {name: edit.to_dict() for name, edit in edits.items()}
-    changes = {"layers": layers, "folded": list(folded), "baked": list(baked)}
-    if shapes:
-        changes["shapes"] = shapes
-    _save(folder, model, json.dumps(changes))
+    changes = {
+        "layers": {name: edit.to_dict() for name, edit in converted.edits.items()},
+        "shapes": converted.shapes,
+        "folded": list(folded),
+        "baked": list(baked),
+    }
+    _save(folder, converted.model, json.dumps(changes))
 
 
 def save_again(folder: Path, model: nn.Module, source: str | Path) -> None:
