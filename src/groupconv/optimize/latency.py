@@ -104,9 +104,10 @@ def _times(
 def _build(
     target: Target, dense: ConvSpec, structure: Structure, activation: str | None
 ) -> Callable[[], object]:
+    reads = structure.specs(dense)[0]
     if dense.linear:
         linear = nn.utils.skip_init(nn.Linear, dense.in_channels, dense.out_channels)
-        return _timed(target, dense, structure.build(linear, bias=True), activation)
+        return _timed(target, reads, structure.build(linear, bias=True), activation)
     kind = len(dense.input_size) - 1
     padding, rest = dense.even_padding
     keeps_size = list(dense.padding) == same_padding(dense.kernel_size, dense.dilation)
@@ -126,12 +127,12 @@ def _build(
         # As the layers do that pad to the size that TensorFlow's "same" gives.
         steps["pad"] = _PADS[kind](tuple(rest), 0.0)
         steps.move_to_end("pad", last=False)
-    return _timed(target, dense, steps, activation)
+    return _timed(target, reads, steps, activation)
 
 
 def _timed(
     target: Target,
-    dense: ConvSpec,
+    reads: ConvSpec,
     steps: OrderedDict[str, nn.Module],
     activation: str | None,
 ) -> Callable[[], object]:
@@ -140,7 +141,7 @@ def _timed(
     net = nn.Sequential(steps)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.01)
-    x = torch.randn(dense.batch, dense.in_channels, *dense.input_size)
+    x = torch.randn(reads.batch, reads.in_channels, *reads.input_size)
     return target.build((net if len(net) > 1 else net[0]).eval(), (x,))
 
 
