@@ -12,7 +12,7 @@ from groupconv.kernels.spec import ConvSpec
 from groupconv.nn import ChannelPermutation
 from groupconv.optimize.cost import count_macs
 from groupconv.optimize.latency import Timed, layer_times
-from groupconv.optimize.structure import DENSE, Grouped, Pair, macs
+from groupconv.optimize.structure import DENSE, Grouped, Narrowed, Pair, macs
 from groupconv.optimize.trace import TracedConv, trace
 from groupconv.targets import LatencyTable, Target
 from groupconv.timing import Timing
@@ -78,6 +78,24 @@ def test_every_structure_has_its_own_time_of_the_whole_batch() -> None:
     assert times["a"] == pytest.approx(expected)
     assert len(set(expected)) == len(structures)
     assert {shape for _, shape in target.built} == {(3, 8, 9, 7)}
+
+
+def test_narrowed_layers_see_fewer_channels() -> None:
+    conv = layer(nn.Conv2d(8, 24, 3, padding=1), 9, 7)
+    depthwise = layer(nn.Conv2d(8, 8, 3, padding=1, groups=8), 9, 7)
+    target = Counted()
+    times = layer_times(
+        {
+            "a": (conv, plain(DENSE, Narrowed(8, 16), Narrowed(5, 24))),
+            "b": (depthwise, plain(Grouped(8), Narrowed(5, 5, 5))),
+        },
+        LatencyTable(target),
+        3,
+        0,
+    )
+    assert times["a"] == pytest.approx([3e-9 * 63 * 9 * n for n in (8 * 24, 8 * 16, 5 * 24)])
+    assert times["b"] == pytest.approx([3e-9 * 63 * 9 * n for n in (8, 5)])
+    assert [shape[1] for _, shape in target.built] == [8, 8, 5, 8, 5]
 
 
 def test_explicit_permutations_are_timed_once_and_added() -> None:
