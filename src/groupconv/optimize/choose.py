@@ -24,9 +24,9 @@ from groupconv.timing import Timing
 
 log = logging.getLogger(__name__)
 
-_SOLVES = 6
+_SOLVES = 8
 # A network that takes less than this share of what it may take could be more accurate.
-_USED = 0.95
+_USED = 0.98
 # What is aimed at after a miss is the middle between the two.
 _AIM = (1 + _USED) / 2
 # The same choice once more would measure the same.
