@@ -103,10 +103,10 @@ class Planner:
             slopes = {
                 name: self.survey.sensitivities[name]["grouped"].slope(candidate.loss)
                 for name, candidate in chosen.items()
-                if searched(candidate.structure)
+                if self.survey.changes(name, candidate) and searched(candidate.structure)
             }
             # All processes take part in their moments.
-            job.searches(name for name, c in chosen.items() if searched(c.structure))
+            job.searches(slopes)
             layers = ranks.on_first(lambda: settle(job.mapped, chosen, slopes, job.searches))
         reasons = {name: decision.why for name, decision in decisions.items()}
         text = ", ".join(budget.text for budget in budgets)
