@@ -18,6 +18,7 @@ from groupconv.errors import ArgumentError, DataError
 from groupconv.optimize.convert import check, convert
 from groupconv.optimize.kept import Kept, kept_by_layers, strands_kept
 from groupconv.optimize.narrowing import narrowable, narrowings, removal
+from groupconv.optimize.partition import Partition
 from groupconv.optimize.plan import Plan, load, save_weights
 from groupconv.optimize.refit import refit
 from groupconv.optimize.sampling import Sampling
@@ -286,6 +287,18 @@ def test_optimize_takes_channels_out(tmp_path: Path) -> None:
     with torch.no_grad():
         assert_close(again.model(X), result.model(X), rtol=1e-5, atol=1e-5)
         assert_close(load(folder, inverted(hidden=32))(X), result.model(X), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("steady_clock")
+def test_depthwise_layers_between_grouped_ones_stay() -> None:
+    """One on the menu for its channels only is not searched for groups."""
+    net = inverted(hidden=16)
+    with torch.no_grad():
+        # Two halves that never meet.
+        net.join.weight[:4, 8:] = 0
+        net.join.weight[4:, :8] = 0
+    plan = groupconv.plan(net, X, budget="97%macs", keep=["stem", "end"])
+    assert plan.layers == {"join": Partition.identity(2, 16, 8)}
 
 
 @pytest.mark.usefixtures("steady_clock")
