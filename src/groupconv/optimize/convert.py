@@ -154,7 +154,7 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
     check(model, trace, layers)
     convs = {conv.name: conv for conv in trace.convs}
     orders = Orders(trace.spaces)
-    settled = {
+    places = {
         name: orders.place(convs[name], partition)
         for name, partition in layers.items()
         if isinstance(partition, Partition)
@@ -169,40 +169,60 @@ def convert(model: nn.Module, trace: Trace, layers: Mapping[str, Settled]) -> Co
             tuple(orders.channels(axis)[i] for i in stays(axis, strands))
             for axis in (conv.inputs, conv.outputs)
         )
-        if conv.name not in layers:
-            placed.append(Placed(conv, conv.name, before, after, after))
-            continue
-        order_in = order_out = None
-        channels_in, channels_out = before, after
-        if conv.name in settled:
-            partition, absorbed_in, absorbed_out = settled[conv.name]
-            if not absorbed_in:
-                channels_in = partition.in_order
-                order_in = _positions(before, channels_in)
-            if not absorbed_out:
-                channels_out = partition.out_order
-                order_out = _positions(channels_out, after)
-        layer = model.get_submodule(conv.name)
-        assert isinstance(layer, Layer)
-        # Without a batch norm to take it, the refit needs a bias for the mean of what is lost.
-        bias = layer.bias is not None or conv.batch_norm is None
-        edit = Edit(structure_of(layers[conv.name]), bias, order_in, order_out)
-        edits[conv.name] = edit
-        if isinstance(layers[conv.name], Kept):
-            placed.append(Placed(conv, conv.name, before, after, after))
-            if bias:
-                smaller = net.get_submodule(conv.name)
-                assert isinstance(smaller, Layer)
-                give_bias(smaller)
-            continue
-        apply_edits(net, {conv.name: edit})
-        split = isinstance(net.get_submodule(conv.name), nn.Sequential)
-        where = Placed(conv, conv.name + ".conv" * split, channels_in, channels_out, after)
-        if isinstance(edit.structure, Grouped):
-            _cut(layer, net.get_submodule(where.module), where, edit.structure.groups)
-        placed.append(where)
+        here = Placed(conv, conv.name, before, after, after)
+        if conv.name in layers:
+            here, edits[conv.name] = _put(
+                model, net, here, layers[conv.name], places.get(conv.name)
+            )
+        placed.append(here)
     others = {name: shape for name, shape in shapes.items() if name not in edits}
     return Converted(net, edits, others, tuple(placed))
+
+
+def _put(
+    model: nn.Module,
+    net: nn.Module,
+    here: Placed,
+    settled: Settled,
+    place: tuple[Partition, bool, bool] | None,
+) -> tuple[Placed, Edit]:
+    """Put one structure in place.
+
+    Args:
+        model, net: the original network, and the copy in the new orders.
+        here: the layer as the copy has it.
+        settled: what is to stand there.
+        place: of a partition, see :meth:`Orders.place`.
+    """
+    conv, layer = here.conv, model.get_submodule(here.conv.name)
+    assert isinstance(layer, Layer)
+    # Without a batch norm to take it, the refit needs a bias for the mean of what is lost.
+    bias = layer.bias is not None or conv.batch_norm is None
+    if isinstance(settled, Kept):
+        smaller = net.get_submodule(conv.name)
+        assert isinstance(smaller, Layer)
+        if bias:
+            give_bias(smaller)
+        return here, Edit(settled.structure, bias)
+    order_in = order_out = None
+    channels_in, channels_out = here.channels_in, here.channels_out
+    if place is not None:
+        partition, absorbed_in, absorbed_out = place
+        if not absorbed_in:
+            channels_in = partition.in_order
+            order_in = _positions(here.channels_in, channels_in)
+        if not absorbed_out:
+            channels_out = partition.out_order
+            order_out = _positions(channels_out, here.channels_out)
+    edit = Edit(structure_of(settled), bias, order_in, order_out)
+    apply_edits(net, {conv.name: edit})
+    split = isinstance(net.get_submodule(conv.name), nn.Sequential)
+    where = Placed(
+        conv, conv.name + ".conv" * split, channels_in, channels_out, here.channels_after
+    )
+    if isinstance(edit.structure, Grouped):
+        _cut(layer, net.get_submodule(where.module), where, edit.structure.groups)
+    return where, edit
 
 
 def structure_of(settled: Settled) -> Structure:

@@ -111,12 +111,10 @@ class Finish:
             worst = max(plan.layers, key=lambda name: _cost(name, decisions, losses))
             log.info("%.2f%% is below the floor: %s is as it was", 100 * (score or 0), worst)
             why = f"kept: without it the accuracy was {score:.4f}, the floor {self.min_accuracy}"
-            reasons[worst] = why
-            plan = replace(
-                plan,
-                layers=without(job.mapped, plan.layers, worst),
-                reasons={**plan.reasons, worst: why},
-            )
+            left = without(job.mapped, plan.layers, worst)
+            given_back = dict.fromkeys(plan.layers.keys() - left.keys(), why)
+            reasons |= given_back
+            plan = replace(plan, layers=left, reasons={**plan.reasons, **given_back})
         with job.step("evaluate"):
             latency = job.latency(converted.model)
         report = summarize(
@@ -236,7 +234,7 @@ class Finish:
 
 def _cost(name: str, decisions: Mapping[str, Decision], losses: Mapping[str, float]) -> float:
     """What a layer costs the network, as far as it is known."""
-    return decisions[name].error if name in decisions else losses[name]
+    return decisions[name].error if name in decisions else losses.get(name, 0.0)
 
 
 def _in_words(quality: Quality) -> str:
