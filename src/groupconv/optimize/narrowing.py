@@ -75,14 +75,17 @@ def narrowings(
 
     def find(space: int, readers: list[str]) -> dict[str, Any]:
         name = f"narrowing of {' and '.join(readers)}"
+
+        def make() -> dict[str, Any]:
+            made = _to_dict(_narrowing(mapped, space, problems, trials, round_to))
+            store.write(name, made)
+            return made
+
         known = ranks.on_first(lambda: store.read(name))
         if known is None:
             # All processes take part in their moments.
             problems = {n: search.problem for n, search in searches(readers).items()}
-            known = ranks.on_first(
-                lambda: _to_dict(_narrowing(mapped, space, problems, trials, round_to))
-            )
-            store.write(name, known)
+            known = ranks.on_first(make)
         return known
 
     found = [_from_dict(find(space, readers)) for space, readers in spaces.items()]
