@@ -98,6 +98,23 @@ def test_the_whole_network_holds_the_budget(budget: str, factor: float) -> None:
     assert any(decision.candidate.structure != DENSE for decision in found.values())
 
 
+class Cliffs(Clock):
+    """Times in steps: what one network saves says little of the next."""
+
+    def seconds(self, net: nn.Module) -> float:
+        whole = REST + 4e-3
+        share = super().seconds(net) / whole
+        return whole * (0.4 if share < 0.84 else 0.79 if share < 0.9 else 0.95 if share < 1 else 1)
+
+
+def test_between_too_slow_and_much_too_fast() -> None:
+    """The correction of each would lead back to the other."""
+    clock = Cliffs(1.0)
+    net, _ = decide("80%", survey(), clock)
+    assert clock.seconds(net) / clock.seconds(network()) == pytest.approx(0.79)
+    assert len(clock.asked) == 4
+
+
 def test_what_the_sum_of_layers_promises_is_corrected(caplog: pytest.LogCaptureFixture) -> None:
     exact, slow = Clock(1.0), Clock(1.3)
     with caplog.at_level(logging.INFO, logger="groupconv.optimize.choose"):

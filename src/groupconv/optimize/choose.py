@@ -6,6 +6,7 @@ not leave much of it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,8 +30,9 @@ _SOLVES = 8
 _USED = 0.98
 # What is aimed at after a miss is the middle between the two.
 _AIM = (1 + _USED) / 2
-# The same choice once more would measure the same.
-_STRICTER = 0.97
+# The same choice once more would measure the same: so often another is looked for, a little
+# stricter or milder where nothing is known on that side.
+_STRICTER, _TRIES = 0.97, 24
 # The error of the output that all the time of the layers is worth: it decides between structures
 # that lose nearly the same.
 _WORTH_OF_TIME = 1e-3
@@ -210,28 +212,23 @@ def _in_time(
         whole: seconds of the original network.
     """
 
-    def decide(scale: float) -> dict[str, Decision]:
-        try:
-            return program.decide(scale)
-        except BudgetError:
-            return quickest
-
+    bracket = _Bracket(program, quickest)
     scale, best, longest, least = 1.0, None, 0.0, 1.0
-    decisions = decide(scale)
-    seen: list[dict[str, Decision]] = []
-    while decisions not in seen and len(seen) < _SOLVES:
+    decisions = bracket.unseen(scale)
+    while decisions is not None and len(bracket.seen) < _SOLVES:
         changed = [n for n, d in decisions.items() if program.survey.changes(n, d.candidate)]
         if not changed:
             return best or Choice(decisions)
         before, after = measure(decisions)
-        seen.append(decisions)
         # In shares of the original in the same run: machines are faster now and then.
         allowed, share, saved = budget.bound(before) / before, after / before, _saved(decisions)
         predicted = 1 - scale * saved / whole
+        bracket.note(decisions, held=share <= allowed)
         log.info(
             "solve %d: %d layers changed, predicted %.1f%%, measured %.1f%% of %.3f ms, "
             "%.1f%% allowed",
-            len(seen), len(changed), 100 * predicted, 100 * share, 1e3 * before, 100 * allowed,
+            len(bracket.seen), len(changed), 100 * predicted, 100 * share, 1e3 * before,
+            100 * allowed,
         )  # fmt: skip
         least = min(least, share)
         if longest < share <= allowed:
@@ -240,17 +237,69 @@ def _in_time(
             break
         scale = max((1 - share) * whole / saved, 1 - _STRICTER)
         stricter = (1 - min(allowed, 1)) / (1 - _AIM * min(allowed, 1))
-        decisions = decide(scale * stricter)
-        while decisions in seen and decisions != quickest and best is None:
-            stricter *= _STRICTER
-            decisions = decide(scale * stricter)
+        decisions = bracket.unseen(scale * stricter)
     if best is None:
         raise BudgetError(
             f"budget={budget.text!r}: {1e3 * allowed * before:.3f} ms can't be met; the network "
             f"needs {1e3 * before:.3f} ms now, and {1e3 * least * before:.3f} ms as the fastest of "
-            f"{len(seen)} that were measured"
+            f"{len(bracket.seen)} that were measured"
         )
     return best
+
+
+class _Bracket:
+    """What was measured so far, by how much layers were taken to save: the more, the milder the
+    choice and the slower its network.
+
+    Args:
+        program: gives the choice for what layers save.
+        quickest: the choice where none holds the budget.
+    """
+
+    def __init__(self, program: _Program, quickest: dict[str, Decision]) -> None:
+        self.program, self.quickest = program, quickest
+        self.seen: list[tuple[dict[str, Decision], bool]] = []
+        self.scale, self.fits, self.misses = 1.0, 0.0, math.inf
+
+    def note(self, decisions: dict[str, Decision], *, held: bool) -> None:
+        """Whether the network of the last choice held the budget."""
+        self.seen.append((decisions, held))
+        self._narrow(held)
+
+    def unseen(self, scale: float) -> dict[str, Decision] | None:
+        """A choice that was not measured yet, for layers that save so many times what they do
+        alone; between what held and what did not if that says nothing new. None: there is none.
+        """
+        self.scale = scale if self.fits < scale < self.misses else self._between()
+        for _ in range(_TRIES):
+            decisions = self._decide()
+            held = next((held for other, held in self.seen if other == decisions), None)
+            if held is None:
+                return decisions
+            if decisions == self.quickest and not held:
+                return None
+            self._narrow(held)
+            self.scale = self._between()
+        return None
+
+    def _decide(self) -> dict[str, Decision]:
+        try:
+            return self.program.decide(self.scale)
+        except BudgetError:
+            return self.quickest
+
+    def _narrow(self, held: bool) -> None:
+        if held:
+            self.fits = max(self.fits, self.scale)
+        else:
+            self.misses = min(self.misses, self.scale)
+
+    def _between(self) -> float:
+        if self.fits == 0:
+            return self.misses * _STRICTER
+        if math.isinf(self.misses):
+            return self.fits / _STRICTER
+        return math.sqrt(self.fits * self.misses)
 
 
 def _saved(decisions: Mapping[str, Decision]) -> float:
