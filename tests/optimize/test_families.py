@@ -112,7 +112,7 @@ def check(name: str, folder: Path) -> None:
     converted = convert(model, mapped, plan)
     compare(converted.model, 1e-5)
     assert set(converted.edits) == set(cut)
-    save_weights(folder, converted.model, converted.edits, ())
+    save_weights(folder, converted)
     compare(load(folder, build(name)), 1e-5)
 
 

@@ -173,7 +173,9 @@ def test_plain_values(structure: Structure) -> None:
 
 def test_plain_values_of_people() -> None:
     assert from_dict({"groups": 4}) == Grouped(4)
-    with pytest.raises(DataError, match="structure='winograd' must be one of grouped, pair"):
+    with pytest.raises(
+        DataError, match="structure='winograd' must be one of grouped, narrowed, pair"
+    ):
         from_dict({"structure": "winograd"})
 
 
