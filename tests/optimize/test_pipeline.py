@@ -81,7 +81,7 @@ def test_known_times_are_not_measured_again(
 
     def fast_enough(calls: dict[str, object], seconds: float, **_: object) -> dict[str, Timing]:
         measured.extend(calls)
-        values = {name: 3.2e-3 if name.endswith("after") else 4e-3 for name in calls}
+        values = {name: 3.3e-3 if name.endswith("after") else 4e-3 for name in calls}
         return {name: Timing(value, value, value, 5) for name, value in values.items()}
 
     def forbidden(*_: object, **__: object) -> None:
