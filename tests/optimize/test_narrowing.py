@@ -244,8 +244,19 @@ def test_a_linear_layer_with_fewer_channels() -> None:
         Narrowed(8, 7).check("fc", nn.Linear(8, 6))
 
 
-def test_what_was_found_is_kept(tmp_path: Path) -> None:
-    net = inverted()
+def joined() -> nn.Module:
+    """Two spaces side by side, read by one layer."""
+    return randomize(
+        Net(
+            lambda m, x: m.end(m.join(torch.cat([m.a(x), m.b(x)], 1).relu()).mean((2, 3))),
+            a=conv(3, 16, 3), b=conv(3, 24, 3), join=conv(40, 8), end=nn.Linear(8, 5),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "count"), [(inverted, 1), (joined, 2)])
+def test_what_was_found_is_kept(make: Callable[[], nn.Module], count: int, tmp_path: Path) -> None:
+    net = make()
     mapped = trace(net, (X[:2],))
     passes = []
 
@@ -261,6 +272,7 @@ def test_what_was_found_is_kept(tmp_path: Path) -> None:
         return list(narrowings(mapped, names, searches, store, trials, example=X[:2], round_to=1))
 
     first = find(tmp_path)
+    assert len(first) == count
     assert first == find(None)
     passes.clear()
     assert find(tmp_path) == first

@@ -74,7 +74,8 @@ def narrowings(
     spaces = ranks.on_first(lambda: narrowable(searches.model, mapped, changeable, example))
 
     def find(space: int, readers: list[str]) -> dict[str, Any]:
-        name = f"narrowing of {' and '.join(readers)}"
+        # Several spaces may have the same readers, as in a concatenation.
+        name = f"narrowing of space {space}"
 
         def make() -> dict[str, Any]:
             made = _to_dict(_narrowing(mapped, space, problems, trials, round_to))
