@@ -81,8 +81,8 @@ ORDER = {
         "exchange", "refine", "search", "fit", "structure", "kept", "prune", "pair", "menu",
         "align", "budget", "select", "latency", "bake", "fold", "convert", "objects", "evaluate",
         "importance", "sensitivity", "settle", "survey", "narrowing", "refit", "plan", "baselines",
-        "job", "choose", "planning", "beside", "summary", "finish", "start", "pipeline", "further",
-        "study", "sweep",
+        "job", "bracket", "choose", "planning", "beside", "summary", "finish", "start", "pipeline",
+        "further", "study", "sweep",
     ],
     "cli": [
         "console", "watch", "options", "models", "outcome", "profile", "trace", "optimize", "plan",

@@ -6,13 +6,13 @@ not leave much of it.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from groupconv.errors import BudgetError
+from groupconv.optimize.bracket import STRICTER, Bracket
 from groupconv.optimize.budget import Budget
 from groupconv.optimize.convert import convert
 from groupconv.optimize.menu import Candidate
@@ -30,9 +30,6 @@ _SOLVES = 8
 _USED = 0.98
 # What is aimed at after a miss is the middle between the two.
 _AIM = (1 + _USED) / 2
-# The same choice once more would measure the same: so often another is looked for, a little
-# stricter or milder where nothing is known on that side.
-_STRICTER, _TRIES = 0.97, 24
 # The error of the output that all the time of the layers is worth: it decides between structures
 # that lose nearly the same.
 _WORTH_OF_TIME = 1e-3
@@ -212,7 +209,13 @@ def _in_time(
         whole: seconds of the original network.
     """
 
-    bracket = _Bracket(program, quickest)
+    def decide(scale: float) -> dict[str, Decision]:
+        try:
+            return program.decide(scale)
+        except BudgetError:
+            return quickest
+
+    bracket = Bracket(decide, quickest)
     scale, best, longest, least = 1.0, None, 0.0, 1.0
     decisions = bracket.unseen(scale)
     while decisions is not None and len(bracket.seen) < _SOLVES:
@@ -235,7 +238,7 @@ def _in_time(
             best, longest = Choice(decisions, predicted), share
         if _USED * allowed <= share <= allowed:
             break
-        scale = max((1 - share) * whole / saved, 1 - _STRICTER)
+        scale = max((1 - share) * whole / saved, 1 - STRICTER)
         stricter = (1 - min(allowed, 1)) / (1 - _AIM * min(allowed, 1))
         decisions = bracket.unseen(scale * stricter)
     if best is None:
@@ -245,61 +248,6 @@ def _in_time(
             f"{len(bracket.seen)} that were measured"
         )
     return best
-
-
-class _Bracket:
-    """What was measured so far, by how much layers were taken to save: the more, the milder the
-    choice and the slower its network.
-
-    Args:
-        program: gives the choice for what layers save.
-        quickest: the choice where none holds the budget.
-    """
-
-    def __init__(self, program: _Program, quickest: dict[str, Decision]) -> None:
-        self.program, self.quickest = program, quickest
-        self.seen: list[tuple[dict[str, Decision], bool]] = []
-        self.scale, self.fits, self.misses = 1.0, 0.0, math.inf
-
-    def note(self, decisions: dict[str, Decision], *, held: bool) -> None:
-        """Whether the network of the last choice held the budget."""
-        self.seen.append((decisions, held))
-        self._narrow(held)
-
-    def unseen(self, scale: float) -> dict[str, Decision] | None:
-        """A choice that was not measured yet, for layers that save so many times what they do
-        alone; between what held and what did not if that says nothing new. None: there is none.
-        """
-        self.scale = scale if self.fits < scale < self.misses else self._between()
-        for _ in range(_TRIES):
-            decisions = self._decide()
-            held = next((held for other, held in self.seen if other == decisions), None)
-            if held is None:
-                return decisions
-            if decisions == self.quickest and not held:
-                return None
-            self._narrow(held)
-            self.scale = self._between()
-        return None
-
-    def _decide(self) -> dict[str, Decision]:
-        try:
-            return self.program.decide(self.scale)
-        except BudgetError:
-            return self.quickest
-
-    def _narrow(self, held: bool) -> None:
-        if held:
-            self.fits = max(self.fits, self.scale)
-        else:
-            self.misses = min(self.misses, self.scale)
-
-    def _between(self) -> float:
-        if self.fits == 0:
-            return self.misses * _STRICTER
-        if math.isinf(self.misses):
-            return self.fits / _STRICTER
-        return math.sqrt(self.fits * self.misses)
 
 
 def _saved(decisions: Mapping[str, Decision]) -> float:
