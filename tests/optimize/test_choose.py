@@ -258,16 +258,20 @@ def test_several_budgets_hold_at_once() -> None:
         assert amount(net, quantity) <= share * amount(dense, quantity)
 
 
-@pytest.mark.parametrize("gains", [True, False])
-def test_candidates_that_stand_together(gains: bool) -> None:
-    """One of them is slower alone; what counts is what they gain together."""
+def narrower() -> dict[str, Candidate]:
+    """The first layer writes, and the second reads, half of the channels between them."""
     mapped = trace(network(), (X,))
     space = found(mapped, "1").outputs.space
     assert space is not None
     kept = kept_by_layers(mapped, {space: range(8)})
-    narrower = {n: Candidate(k.structure, 0.01 * (n == "4"), kept=k) for n, k in kept.items()}
-    assert list(narrower) == ["1", "4"]
-    menus = {name: [Candidate(DENSE, 0.0), candidate] for name, candidate in narrower.items()}
+    assert list(kept) == ["1", "4"]
+    return {n: Candidate(k.structure, 0.01 * (n == "4"), kept=k) for n, k in kept.items()}
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_candidates_that_stand_together(gains: bool) -> None:
+    """One of them is slower alone; what counts is what they gain together."""
+    menus = {name: [Candidate(DENSE, 0.0), candidate] for name, candidate in narrower().items()}
     menus["7"] = [Candidate(DENSE, 0.0), Candidate(Grouped(2), 0.5)]
     known = Survey(
         menus,
@@ -280,3 +284,23 @@ def test_candidates_that_stand_together(gains: bool) -> None:
         (8, 1) if gains else (16, 2)
     )
     assert gains != ("not faster than dense: 8 to 16 channels" in decisions["4"].why)
+
+
+def test_the_fewest_of_each_layer_may_not_stand_together() -> None:
+    """A layer's share of a pair is no way to hold the budget where the other's is not taken."""
+    dense, half = Candidate(DENSE, 0.0), narrower()
+    menus = {
+        "1": [dense, half["1"], Candidate(Grouped(4), 0.5)],
+        "4": [dense, half["4"], Candidate(Grouped(8), 0.5)],
+    }
+    known = Survey(
+        menus,
+        dict.fromkeys(menus, dict.fromkeys(("narrowed", "grouped"), Sensitivity(1.0, 1.25))),
+        {"1": (1e-3, 0.9e-3, 1.1e-3), "4": (1e-3, 0.5e-3, 0.9e-3)},
+        [[("1", 1), ("4", 1)]],
+    )
+    whole = amount(network(), "macs")
+    layer = 16 * 16 * 9 * 64
+    # Half of one and an eighth of the other would hold it; a quarter and an eighth do.
+    net, _ = decide(f"{whole - layer / 2 - layer * 7 / 8}macs", known)
+    assert [net.get_submodule(name).groups for name in ("1", "4")] == [4, 8]

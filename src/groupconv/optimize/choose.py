@@ -104,22 +104,9 @@ def choose(
         for quantity in needs
     }
     most = {budget.quantity: budget.bound(needs[budget.quantity]) for budget in budgets}
-    allowed, refused = _not_slower(survey)
-    if any(
-        rest[q] + sum(min(costs[q][n][i] for i in allowed[n]) for n in allowed) > most[q]
-        for q in needs.keys() - {"latency"}
-    ):
-        log.warning("the budget needs layers that measure slower than they are")
-        allowed, refused = {name: list(range(len(menu))) for name, menu in survey.menus.items()}, {}
-    bounds = {
-        quantity: Bound(
-            quantity,
-            {name: [costs[quantity][name][i] for i in allowed[name]] for name in allowed},
-            most[quantity] - rest[quantity],
-        )
-        for quantity in needs
-    }
-    program = _Program(survey, allowed, refused, bounds)
+    bounds = [
+        Bound(quantity, costs[quantity], most[quantity] - rest[quantity]) for quantity in needs
+    ]
 
     def measure(decisions: dict[str, Decision]) -> tuple[float, float]:
         chosen = {name: decision.candidate for name, decision in decisions.items()}
@@ -129,12 +116,19 @@ def choose(
         return before.median, after.median
 
     timed = next((budget for budget in budgets if budget.quantity == "latency"), None)
+    program = _Program(survey, *_not_slower(survey), bounds)
     try:
-        if timed is None:
-            return Choice(program.decide())
         quickest = program.fastest()
-    except BudgetError as error:
-        raise BudgetError(_unmet(budgets, needs, rest, most, error)) from error
+    except BudgetError:
+        log.warning("the budget needs layers that measure slower than they are")
+        whole_menus = {name: list(range(len(menu))) for name, menu in survey.menus.items()}
+        program = _Program(survey, whole_menus, {}, bounds)
+        try:
+            quickest = program.fastest()
+        except BudgetError as error:
+            raise BudgetError(_unmet(budgets, needs, rest, most, error)) from error
+    if timed is None:
+        return Choice(program.decide())
     return _in_time(program, quickest, measure, timed, needs["latency"])
 
 
@@ -146,49 +140,64 @@ class _Program:
         survey: what is known of the layers.
         allowed: layer name to indices of its menu that may be chosen.
         refused: layer name to what was left out there and why, for people.
-        bounds: quantity to what the layers may take of it, of what is allowed.
+        bounds: of what the layers take, whole menus.
     """
 
     survey: Survey
     allowed: Mapping[str, Sequence[int]]
     refused: Mapping[str, str]
-    bounds: Mapping[str, Bound]
+    bounds: Sequence[Bound]
 
     def decide(self, scale: float = 1.0) -> dict[str, Decision]:
         """What loses least if layers save so many times the time that they do alone."""
         losses = {
-            name: [_loss(self.survey, name, index) for index in indices]
-            for name, indices in self.allowed.items()
+            name: [_loss(self.survey, name, index) for index in range(len(menu))]
+            for name, menu in self.survey.menus.items()
         }
-        scaled = [
-            replace(bound, costs=_scaled(bound.costs, scale)) if quantity == "latency" else bound
-            for quantity, bound in self.bounds.items()
-        ]
-        return self._decided(select(losses, scaled, self._ties()))
+        return self._least(
+            losses,
+            [
+                replace(bound, costs=_scaled(bound.costs, scale))
+                if bound.quantity == "latency"
+                else bound
+                for bound in self.bounds
+            ],
+        )
 
     def fastest(self) -> dict[str, Decision]:
         """What takes least time, all other bounds held."""
-        others = [bound for quantity, bound in self.bounds.items() if quantity != "latency"]
-        return self._decided(select(self.bounds["latency"].costs, others, self._ties()))
+        others = [bound for bound in self.bounds if bound.quantity != "latency"]
+        return self._least(self.survey.times, others)
 
-    def _ties(self) -> list[list[tuple[str, int]]]:
-        """Those of the survey that may be chosen, by their places."""
-        return [
-            [(name, self.allowed[name].index(index)) for name, index in tie]
+    def _least(
+        self, losses: Mapping[str, Sequence[float]], bounds: Sequence[Bound]
+    ) -> dict[str, Decision]:
+        places = {
+            (name, index): place
+            for name, indices in self.allowed.items()
+            for place, index in enumerate(indices)
+        }
+        ties = [
+            [(name, places[name, index]) for name, index in tie]
             for tie in self.survey.ties
-            if all(index in self.allowed[name] for name, index in tie)
+            if all(candidate in places for candidate in tie)
         ]
+        picked = select(
+            self._only_allowed(losses),
+            [replace(bound, costs=self._only_allowed(bound.costs)) for bound in bounds],
+            ties,
+        )
+        return {name: self._decision(name, self.allowed[name][i]) for name, i in picked.items()}
 
-    def _decided(self, picked: Mapping[str, int]) -> dict[str, Decision]:
-        decisions = {}
-        for name, place in picked.items():
-            index, times = self.allowed[name][place], self.survey.times[name]
-            candidate = self.survey.menus[name][index]
-            seconds, error = (times[0], times[index]), self.survey.error(name, index)
-            changed = self.survey.changes(name, candidate)
-            why = _why(candidate, changed, seconds, error, self.refused.get(name))
-            decisions[name] = Decision(candidate, seconds, error, why)
-        return decisions
+    def _only_allowed(self, numbers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        return {name: [numbers[name][i] for i in some] for name, some in self.allowed.items()}
+
+    def _decision(self, name: str, index: int) -> Decision:
+        times, candidate = self.survey.times[name], self.survey.menus[name][index]
+        seconds, error = (times[0], times[index]), self.survey.error(name, index)
+        changed = self.survey.changes(name, candidate)
+        why = _why(candidate, changed, seconds, error, self.refused.get(name))
+        return Decision(candidate, seconds, error, why)
 
 
 def _in_time(
