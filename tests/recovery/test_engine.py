@@ -25,6 +25,7 @@ def run(scores: Iterable[float], folder: Path, *, steps: int, checks: int, batch
         loader=DataLoader(TensorDataset(torch.randn(2 * batch, 2)), batch),
         labelled=False,
         teacher=nn.Linear(2, 2),
+        frozen=False,
     )
     return learn(
         "stage", nn.Linear(2, 2), lesson, seconds=60, learning_rate=None, sync_batch_norm=False,

@@ -182,6 +182,40 @@ def test_batch_norm_is_kept_where_it_helps() -> None:
     assert stage["after"] < stage["before"]
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_statistics_are_frozen_where_new_ones_are_worse(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights before and after them learn."""
+    monkeypatch.setattr(School, "_reestimate", lambda *_: {"stage": "batch norm", "kept": kept})
+    teacher = residual()
+    student = moved_away(teacher)
+    _, learned = school(teacher, Recovery("2s", learning_rate=1e-2)).teach(student)
+    assert learned["after"] < 0.7 * learned["before"]
+    assert torch.equal(student.bn2.running_mean, teacher.bn2.running_mean) != kept
+    assert not torch.equal(student.bn2.weight, moved_away(teacher).bn2.weight)
+
+
+@pytest.mark.parametrize("count", [48, 50])
+def test_classes_of_few_images_are_not_compared(count: int) -> None:
+    """With ten images for each of the five classes they are, and not only the features."""
+    from groupconv.recovery import Feature
+
+    teacher = residual()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.fc.bias.add_(torch.arange(5.0))
+    features = [Feature("relu", "relu", tuple(range(16)))]
+    data = Images(images(count), torch.zeros(count, dtype=torch.int64), "noise")
+    taught = school(teacher, Recovery("1s"), features=features, images=data, batch=2)
+    assert taught.few == (count < 50)
+    assert (taught.score(student) == 0) == (count < 50)
+    # Where there is nothing else, the outputs are what there is.
+    assert school(teacher, Recovery("1s"), images=data).score(student) > 0
+    same = Recovery("1s", loss=lambda mine, other, labels: (mine - other).square().mean())
+    assert school(teacher, same, features=features, images=data).score(student) > 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number(value: float, caplog: pytest.LogCaptureFixture) -> None:
     """The step is named, and the best weights before it are kept."""

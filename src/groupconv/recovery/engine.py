@@ -51,6 +51,7 @@ class Lesson:
         loader: batches of images, or of images and labels.
         labelled: whether the second part of a batch are labels to learn from.
         teacher: to be where the student is.
+        frozen: whether batch norm keeps its statistics.
     """
 
     loss: Callable[[nn.Module, Tensor, Tensor | None, torch.Generator], Tensor]
@@ -58,6 +59,7 @@ class Lesson:
     loader: DataLoader[Any]
     labelled: bool
     teacher: nn.Module
+    frozen: bool
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,7 @@ class _Run:
         torch.manual_seed((self.seed << 24) + step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step, planned)
-        _learning(self.student)
+        _learning(self.student, self.lesson.frozen)
         with self.spread.autocast():
             loss = self.lesson.loss(
                 self.wrapped, images, labels if self.lesson.labelled else None, generator
@@ -364,14 +366,17 @@ def parts(batch: Any) -> tuple[Tensor, Tensor | None]:
     return batch, None
 
 
-def _learning(student: nn.Module) -> None:
-    """Batch norm and dropout as in training, all else as in evaluation.
+def _learning(student: nn.Module, frozen: bool) -> None:
+    """Batch norm, unless its statistics are frozen, and dropout as in training, all else as in
+    evaluation.
 
     In training mode some networks return something else, or want something else.
     """
     student.eval()
     for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase | nn.modules.dropout._DropoutNd):
+        if isinstance(module, nn.modules.dropout._DropoutNd) or (
+            isinstance(module, nn.modules.batchnorm._NormBase) and not frozen
+        ):
             module.train()
 
 

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 _APART = 0.1
 # Weight of the features beside the outputs.
 _FEATURES = 0.1
+# A classifier's outputs are learned from if there are so many images for each of its classes: of
+# fewer, a student learns which classes they are of, and takes other images for those too.
+_PER_CLASS = 10
 # Labels are learned from if the teacher knows so many times more of them than it would by chance.
 _KNOWS = 2.0
 _SCORED = 128
@@ -50,6 +53,7 @@ class School:
         held_out: images to score on, on the networks' device.
         options: of the recovery.
         classes: of a classifier, or 0.
+        few: whether there are too few images to learn a classifier's outputs from: features are.
         labelled: whether the loader's labels are learned from; a loss of the user's has them.
         seed: of all that is random.
         store: keeps how far each stage has come.
@@ -61,6 +65,7 @@ class School:
     held_out: Images
     options: Recovery
     classes: int
+    few: bool
     labelled: bool
     seed: int
     store: Store
@@ -108,10 +113,16 @@ class School:
             sample = held_out.images[:2].to(next(teacher.parameters()).device)
             output = teacher(sample)
         classes = int(output.shape[1]) if is_classes(output) else 0
+        count = len(loader) * (loader.batch_size or 1)
+        few = bool(features) and options.loss is None and count < _PER_CLASS * classes
+        if few:
+            log.info("%d images for %d classes: features are compared, not classes", count, classes)
         labelled = options.loss is not None or bool(
-            classes and ranks.on_first(lambda: _knows(teacher, loader, classes))
+            classes and not few and ranks.on_first(lambda: _knows(teacher, loader, classes))
         )
-        return cls(teacher, features, loader, held_out, options, classes, labelled, seed, store)
+        return cls(
+            teacher, features, loader, held_out, options, classes, few, labelled, seed, store
+        )
 
     def teach(self, student: nn.Module) -> list[dict[str, Any]]:
         """All stages that the options ask for, in place.
@@ -126,14 +137,21 @@ class School:
         if seconds is None:
             return []
         stages = []
+        frozen = False
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
             stages.append(self._reestimate(student))
+            # Statistics that make it worse would be noise in every step, too.
+            frozen = not stages[0]["kept"]
         if not seconds:
             return stages
         apart = _APART if self.features else 0.0
         if apart:
-            stages.append(self._learn("blocks", student, apart * seconds, apart=True))
-        stages.append(self._learn("distil", student, (1 - apart) * seconds, apart=False))
+            stages.append(
+                self._learn("blocks", student, apart * seconds, apart=True, frozen=frozen)
+            )
+        stages.append(
+            self._learn("distil", student, (1 - apart) * seconds, apart=False, frozen=frozen)
+        )
         return stages
 
     def score(self, net: nn.Module) -> float:
@@ -178,7 +196,7 @@ class School:
         }  # fmt: skip
 
     def _learn(
-        self, name: str, student: nn.Module, seconds: float, *, apart: bool
+        self, name: str, student: nn.Module, seconds: float, *, apart: bool, frozen: bool
     ) -> dict[str, Any]:
         start = time.perf_counter()
         taps = self._taps(student, apart=apart)
@@ -207,7 +225,7 @@ class School:
             learned = learn(
                 name,
                 student,
-                Lesson(loss, self.score, self.loader, self.labelled, self.teacher),
+                Lesson(loss, self.score, self.loader, self.labelled, self.teacher, frozen),
                 seconds=seconds,
                 learning_rate=self.options.learning_rate,
                 sync_batch_norm=self.options.sync_batch_norm,
@@ -238,7 +256,7 @@ class School:
             return distance(found, wanted, labels)
         features = taps.loss()
         # Detectors return as many boxes as they find: there is nothing to compare one to one.
-        if not comparable(found, wanted):
+        if self.few or not comparable(found, wanted):
             return features
         return distance(found, wanted, labels) + _FEATURES * features
 
