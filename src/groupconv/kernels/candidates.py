@@ -249,7 +249,7 @@ def _laid_out(spec: KernelSpec, machine: Machine, tile: Tile, together: int, sha
     rows = -(-height // -(-height // rows))
     rows = -(-rows // lines) * lines
     width = conv.in_channels // conv.groups
-    weights = 4 * math.prod(conv.kernel_size) * tile.vectors * machine.lanes
+    weights = 4 * conv.taps * tile.vectors * machine.lanes
     chunk = sum_channels(conv, spec.chain)
     legal = [n for n in range(chunk, width + 1, chunk) if width % n == 0]
     channels = max((n for n in legal if n * weights <= _WEIGHTS), default=chunk)

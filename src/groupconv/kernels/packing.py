@@ -1,6 +1,5 @@
 """Weights in the order in which the generated code reads them."""
 
-import math
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from groupconv.kernels.tile import sum_channels
 
 def size(conv: ConvSpec, kinds: list[Block], lanes: int) -> int:
     """Elements of packed weights."""
-    products = conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    return sum(block.count * len(block.vectors) * lanes * products for block in kinds)
+    return sum(block.count * len(block.vectors) * lanes * conv.fan_in for block in kinds)
 
 
 def pack(

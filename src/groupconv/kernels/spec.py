@@ -171,6 +171,16 @@ class ConvSpec:
         return tuple((n + a + b - d * (k - 1) - 1) // s + 1 for n, k, s, (a, b), d in axes)
 
     @property
+    def taps(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def fan_in(self) -> int:
+        """Products that one output is the sum of."""
+        return self.in_channels // self.groups * self.taps
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """``[out, in/groups, *k]``, or ``[in, out/groups, *k]`` when transposed (torch's)."""
         if self.transposed:

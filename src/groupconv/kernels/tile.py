@@ -1,6 +1,5 @@
 """How the work of a kernel is cut into pieces that registers and caches hold."""
 
-import math
 from dataclasses import dataclass, replace
 
 from groupconv.kernels.machine import Machine
@@ -83,7 +82,7 @@ def sum_channels(conv: ConvSpec, chain: int = CHAIN) -> int:
 
 def has_total(conv: ConvSpec, chain: int = CHAIN) -> bool:
     """Whether the products of one output are more than one chain of sums."""
-    return conv.in_channels // conv.groups * math.prod(conv.kernel_size) > chain
+    return conv.fan_in > chain
 
 
 def strips(conv: ConvSpec, pixels: int) -> list[Strip]:

@@ -1,6 +1,5 @@
 """Second moments of layers, streamed: never more in memory than the sums and one batch."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,7 +46,7 @@ def layer_moments(
     """
     sums: list[LayerSums | SeparableSums] = []
     for conv, _ in layers:
-        channels, taps = conv.spec.in_channels, math.prod(conv.spec.kernel_size)
+        channels, taps = conv.spec.in_channels, conv.spec.taps
         sums.append(
             SeparableSums(channels, taps)
             if channels * taps > EXACT
@@ -83,7 +82,7 @@ def group_moments(
         ArgumentError: the layer is a transposed convolution.
     """
     spec = layer[0].spec
-    inputs, width = spec.in_channels * math.prod(spec.kernel_size), spec.out_channels // groups
+    inputs, width = spec.in_channels * spec.taps, spec.out_channels // groups
     sums = LayerSums(inputs // groups, width, groups)
 
     def add(_: int, u: Tensor, y: Tensor, image: Tensor) -> None:

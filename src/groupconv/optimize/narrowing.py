@@ -24,7 +24,7 @@ from groupconv.optimize.schur import Regression
 from groupconv.optimize.sensitivity import Sensitivity, Trials
 from groupconv.optimize.structure import Layer
 from groupconv.optimize.survey import Searches
-from groupconv.optimize.trace import Trace, TracedConv
+from groupconv.optimize.trace import Trace
 from groupconv.store import Store
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def narrowable(
             mapped.spaces[space].channels >= WIDE
             and on[space] <= set(changeable)
             and sizes.count(max(sizes)) == 1
-            and all(_inputs(conv) <= EXACT for conv in readers)
+            and all(conv.spec.fan_in <= EXACT for conv in readers)
         ):
             found[space] = [conv.name for conv in readers]
     return found
@@ -231,10 +231,6 @@ def _narrowing(
             for name, problem in problems.items()
         },
     )
-
-
-def _inputs(conv: TracedConv) -> int:
-    return conv.spec.in_channels * int(np.prod(conv.spec.kernel_size))
 
 
 def _to_dict(narrowing: Narrowing) -> dict[str, Any]:

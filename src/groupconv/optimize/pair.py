@@ -13,7 +13,6 @@ turn, exactly, with the rest held, and each sweep is tried a little further than
 search for alternating least squares: Rajih, Comon and Harshman, 2008).
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,11 +68,10 @@ def pair_shapes(spec: ConvSpec) -> list[Pair]:
     """
     if spec.transposed or spec.groups > 1:
         return []
-    taps = math.prod(spec.kernel_size)
-    full = min(spec.in_channels * taps, spec.out_channels)
+    full = min(spec.fan_in, spec.out_channels)
     ranks = {max(round(share * full / _MULTIPLE), 1) * _MULTIPLE for share in _RANKS}
     shapes = [Pair(rank, 1, 1, False) for rank in sorted(ranks)]
-    if taps > 1:
+    if spec.taps > 1:
         dividing = legal_groups(spec.in_channels, spec.in_channels)[1:]
         shapes += [
             Pair(multiple * spec.in_channels, groups, 1, False)

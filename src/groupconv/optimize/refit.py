@@ -6,7 +6,6 @@ a later layer also repairs what earlier ones lost; layers that were not changed 
 
 import hashlib
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -92,9 +91,8 @@ def _kept(store: Store, name: str, found: dict[str, Tensor]) -> dict[str, Tensor
 def _refittable(net: nn.Module, placed: Placed) -> bool:
     """Whether a layer that was not replaced can be fitted: small moments, a mean free to move."""
     spec, conv = placed.conv.spec, net.get_submodule(placed.module)
-    inputs = spec.in_channels // spec.groups * math.prod(spec.kernel_size)
     mean_moves = conv.bias is not None or placed.conv.batch_norm is not None
-    return not spec.transposed and inputs <= EXACT and mean_moves
+    return not spec.transposed and spec.fan_in <= EXACT and mean_moves
 
 
 def _fit_groups(net: nn.Module, placed: Placed, targets: Targets) -> dict[str, Tensor]:

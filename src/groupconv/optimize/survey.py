@@ -1,7 +1,6 @@
 """What is known of every layer before anything is chosen: menus, losses, what they cost, times."""
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -191,7 +190,7 @@ def _passes(convs: Sequence[TracedConv]) -> Iterator[list[TracedConv]]:
     some: list[TracedConv] = []
     size = 0
     for conv in convs:
-        inputs = conv.spec.in_channels * math.prod(conv.spec.kernel_size)
+        inputs = conv.spec.in_channels * conv.spec.taps
         # Two sets of sums, of the images to fit and of those held out.
         needed = 16 * min(inputs, EXACT) * (min(inputs, EXACT) + conv.spec.out_channels)
         if some and size + needed > _SUMS_BYTES:
