@@ -1,6 +1,5 @@
 """Weights in the order in which the generated code reads them."""
 
-
 import torch
 from torch import Tensor
 
