@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_close
 from torchvision.transforms.functional import to_pil_image
 
-from examples import cifar10, detect_shapes
+from examples import cifar10, detect_shapes, draw_clothes
 
 
 def folder(root: Path, per_class: int) -> Path:
@@ -107,3 +108,45 @@ def test_detect_shapes(tmp_path: Path) -> None:
     assert 0 <= record["found_again"]["f1"] <= 1
     assert str(tmp_path) not in json.dumps(record)
     assert (out / "shapes.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_draw_clothes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_clothes, "CALIBRATION", 64)
+    arguments = [
+        "stylegan2", "--out", str(tmp_path), "--channels", "16", "--steps", "2",
+        "--budget", "80%macs", "--target", "eager", "--recover", "2s",
+    ]  # fmt: skip
+    draw_clothes.main(arguments)
+    record = json.loads((tmp_path / "clothes.json").read_text())
+    assert record["macs"]["after"] <= 0.8 * record["macs"]["before"]
+    assert record["psnr"] > 20
+    apart = record["feature_distance"]
+    assert 0 < apart["optimized"] < apart["of_other_latents"]
+    assert str(tmp_path) not in json.dumps(record)
+    assert (tmp_path / "clothes.png").stat().st_size > 10_000
+
+
+def test_images_are_apart_by_their_features() -> None:
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    near = (images + 0.01 * torch.randn(images.shape)).clamp(0, 1)
+    assert draw_clothes.distance(images, images) == 0
+    assert 0 < draw_clothes.distance(images, near) < draw_clothes.distance(images, images.flip(0))
+
+
+def test_what_draws_is_the_average() -> None:
+    """Its energies are those of its own weights, not an average of energies."""
+    options = draw_clothes._arguments(
+        ["stylegan2", "--out", "unused", "--steps", "3", "--channels", "8"]
+    )
+    net, _ = draw_clothes._generator(options)
+    average = draw_clothes.trained(net, options)
+    assert not average.training
+    layer = average.get_submodule("first.modulated")
+    assert not torch.equal(layer.conv.weight, net.get_submodule("first.modulated.conv").weight)
+    assert_close(layer.energy, layer._energy(), rtol=1e-6, atol=0)
+    latents, classes = draw_clothes.inputs("stylegan2", 12)
+    assert classes.argmax(1).tolist() == [*range(10), 0, 1]
+    images = draw_clothes.images(average, latents)
+    assert images.shape == (12, 3, 32, 32)
+    assert 0 <= images.min() < images.max() <= 1

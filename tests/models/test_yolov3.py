@@ -181,16 +181,18 @@ def test_conversion_leaves_the_heads() -> None:
     with torch.no_grad():
         for head in model.heads:
             head.boxes.bias.fill_(0.0)
-    # Seventy layers take minutes: those of one stage and one head stand for them.
-    kept = [f"{name}*" for name in ("stem", "stages.[0-3]", "heads.[01]")]
     same = groupconv.apply(model, x, groupconv.plan(model, x, budget="100%macs", keep=("*",)))
     for mine, other in zip(same.model(x[:2]), model(x[:2]), strict=True):
         assert_close(mine, other, rtol=1e-4, atol=1e-4)
     for mine, other in zip(detect(same.model(x[:2])), detect(model(x[:2])), strict=True):
         assert_close(mine["boxes"], other["boxes"], rtol=1e-3, atol=1e-2)
         assert torch.equal(mine["labels"], other["labels"])
-    cut = groupconv.optimize(model, x, budget="90%macs", keep=[*kept, "last"])
-    assert any("groups" in layer["structure"] for layer in cut.report["layers"])
-    assert any(name.startswith("heads.2") for name in cut.plan.layers)
-    assert not any(name.endswith("boxes") for name in cut.plan.layers)
+    # Seventy layers take minutes: those of one head, 8.5% of the multiply-adds, stand for them.
+    kept = [f"{name}*" for name in ("stem", "stages", "heads.[01]")]
+    cut = groupconv.optimize(model, x, budget="97%macs", keep=[*kept, "last"])
+    changed = [
+        layer["name"] for layer in cut.report["layers"] if layer["structure"] != layer["was"]
+    ]
+    assert changed
+    assert all(name.startswith("heads.2.") and "boxes" not in name for name in changed)
     assert [m.shape for m in cut.model(x[:1])] == [m.shape for m in model(x[:1])]

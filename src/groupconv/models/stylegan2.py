@@ -150,7 +150,7 @@ class _Modulated(nn.Module):
 
     def _energy(self) -> Tensor:
         energy = self.conv.weight.square().sum((2, 3))
-        return energy.T if isinstance(self.conv, nn.ConvTranspose2d) else energy
+        return energy.T.contiguous() if isinstance(self.conv, nn.ConvTranspose2d) else energy
 
 
 class _Filter(nn.Module):
