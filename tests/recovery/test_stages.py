@@ -182,17 +182,20 @@ def test_batch_norm_is_kept_where_it_helps() -> None:
     assert stage["after"] < stage["before"]
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_statistics_are_frozen_where_new_ones_are_worse(
-    kept: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kept", "lost", "frozen"), [
+    (False, 0.1, True), (True, 0.1, False), (False, 2.0, False),
+])  # fmt: skip
+def test_statistics_are_frozen_where_new_ones_are_worse_and_little_was_lost(
+    kept: bool, lost: float, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights before and after them learn."""
-    monkeypatch.setattr(School, "_reestimate", lambda *_: {"stage": "batch norm", "kept": kept})
+    stage = {"stage": "batch norm", "before": lost, "kept": kept}
+    monkeypatch.setattr(School, "_reestimate", lambda *_: stage)
     teacher = residual()
     student = moved_away(teacher)
     _, learned = school(teacher, Recovery("2s", learning_rate=1e-2)).teach(student)
     assert learned["after"] < 0.7 * learned["before"]
-    assert torch.equal(student.bn2.running_mean, teacher.bn2.running_mean) != kept
+    assert torch.equal(student.bn2.running_mean, teacher.bn2.running_mean) == frozen
     assert not torch.equal(student.bn2.weight, moved_away(teacher).bn2.weight)
 
 

@@ -38,6 +38,10 @@ _PER_CLASS = 10
 # Labels are learned from if the teacher knows so many times more of them than it would by chance.
 _KNOWS = 2.0
 _SCORED = 128
+# A student of less loss learns better with batch norm's statistics frozen. One that has lost more
+# has a longer way, on which they change. VGG on CIFAR-10, two minutes: from 0.14 and 0.17 on, 0.5
+# points more with them frozen, from 2.2 and 3.4 on 1.1 points less.
+_LITTLE = 0.5
 # Batches that statistics are taken from.
 _STATISTICS = 32
 
@@ -141,7 +145,7 @@ class School:
         if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules()):
             stages.append(self._reestimate(student))
             # Statistics that make it worse would be noise in every step, too.
-            frozen = not stages[0]["kept"]
+            frozen = not stages[0]["kept"] and stages[0]["before"] < _LITTLE
         if not seconds:
             return stages
         apart = _APART if self.features else 0.0
