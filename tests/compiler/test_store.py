@@ -274,8 +274,8 @@ def replaced(name: str, content: bytes) -> Callable[[dict[str, bytes]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (head(format=1), "has format 1, not 2"),
-        (head(format="next"), "has format next, not 2"),
+        (head(format=1), "has format 1, not 3"),
+        (head(format="next"), "has format next, not 3"),
         (without("program.json"), "program.json"),
         (without("weights.safetensors"), "weights.safetensors"),
         (without("code/0.o"), "code/0.o"),

@@ -169,6 +169,7 @@ def _run(
             "rows": kernel.tile.rows,
             "blocks": kernel.tile.blocks,
             "share": kernel.buffer,
+            "image_weights": 0,
         }
         record = torch.tensor([values[name] for name in RECORD])
         for thread in range(threads):

@@ -78,11 +78,11 @@ def split(node: Node, operator: Convolution, results: int) -> Iterator[Node]:
 
 
 def _transformed(weight: Tensor, results: int) -> Tensor:
-    """((results + 2)**2, out, in) of (out, in, 3, 3), computed in float64."""
+    """((results + 2)**2, out, in, 1, 1) of (out, in, 3, 3), computed in float64."""
     taps = torch.tensor(filtering(results).taps, dtype=torch.float64)
     both = torch.kron(taps, taps)
     flat = weight.detach().double().flatten(2).permute(2, 0, 1)
-    return (both @ flat.flatten(1)).unflatten(1, flat.shape[1:]).float()
+    return (both @ flat.flatten(1)).unflatten(1, (*flat.shape[1:], 1, 1)).float()
 
 
 def _fastest(node: Node, operator: Convolution, library: Library) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from groupconv.compiler.graph import Convolution, Node, Products, Value
 from groupconv.compiler.library import Library, shared
 from groupconv.compiler.memory import Place
-from groupconv.compiler.packed import Packed
+from groupconv.compiler.packed import Packed, pack
 from groupconv.compiler.task import Pointer, Task
 from groupconv.kernels import module
 from groupconv.kernels.parts import Part, parts
@@ -42,30 +42,26 @@ def convolve(
     order = None if operator.order is None else torch.tensor(operator.order)
     for part in whole.parts:
         kernel = library.kernel(part.spec, operator.conv.batch, alone=alone)
-        packed = Packed(shared(kernel.pack(part.weight(operator.weight))), kernel, part)
+        packed = Packed(shared(pack(kernel, part, operator.weight)), kernel, part)
         yield _task(node, operator, packed, (source, residual, target), order)
 
 
 def multiply(
     node: Node, operator: Products, places: dict[Value, Place], library: Library, alone: bool
-) -> Iterator[Task]:
-    """A task for each matrix: all are kernels of one pixel on an image of one row."""
+) -> Task:
+    """One task: each matrix is an image, with weights of its own."""
     (x,), y = node.inputs, node.output
     count, rows, into = x.shape
     conv = ConvSpec(
-        1, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), operator.groups
-    )
+        count, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1),
+        operator.groups,
+    )  # fmt: skip
     (part,) = parts(conv).parts
     part = replace(part, spec=replace(part.spec, chain=operator.chain))
-    kernel = library.kernel(part.spec, conv.batch, alone=alone)
-    for number in range(count):
-        matrix = Convolution(conv, operator.weight[number][:, :, None, None])
-        packed = Packed(shared(kernel.pack(matrix.weight)), kernel, part, number)
-        source, target = (
-            replace(places[v], channel=places[v].channel + number * rows * v.channels)
-            for v in (x, y)
-        )
-        yield _task(node, matrix, packed, (source, None, target), None)
+    kernel = library.kernel(part.spec, count, alone=alone)
+    packed = Packed(shared(pack(kernel, part, operator.weight)), kernel, part)
+    images = Convolution(conv, operator.weight)
+    return _task(node, images, packed, (places[x], None, places[y]), None)
 
 
 def _task(
@@ -90,6 +86,7 @@ def _task(
         "rows": kernel.tile.rows,
         "blocks": kernel.tile.blocks,
         "share": kernel.buffer,
+        "image_weights": kernel.packed_size if operator.weight.ndim == 5 else 0,
     }
     conv = part.spec.conv
     return Task(
@@ -100,6 +97,7 @@ def _task(
         seconds=kernel.seconds * images,
         macs=images * conv.macs,
         bytes=4 * (images * _elements(part) + packed.tensor.numel()),
+        inputs=node.inputs,
         output=node.output,
         scratch=4 * kernel.buffer,
         packed=packed,
@@ -116,6 +114,8 @@ def _elements(part: Part) -> int:
 
 
 def _kind(operator: Convolution) -> str:
+    if operator.weight.ndim == 5:
+        return "products"
     conv = operator.conv
     size = "x".join(map(str, conv.kernel_size))
     groups = f", {conv.groups} groups" if conv.groups > 1 else ""

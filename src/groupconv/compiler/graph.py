@@ -96,10 +96,11 @@ class ToTiles:
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """The second third: each of the matrices times one of weights.
+    """The second third: each of the matrices times one of weights, an image of pixels convolved
+    with weights of its own.
 
     Args:
-        weight: ``((results + 2)**2, out_channels, in_channels / groups)``.
+        weight: ``((results + 2)**2, out_channels, in_channels / groups, 1, 1)``.
         groups: of the channels.
         chain: see :class:`groupconv.kernels.spec.KernelSpec`.
     """

@@ -72,7 +72,7 @@ class _Lowering:
             case Convolution() as operator:
                 yield from convolve(node, operator, self.places, self.library, self.alone)
             case Products() as operator:
-                yield from multiply(node, operator, self.places, self.library, self.alone)
+                yield multiply(node, operator, self.places, self.library, self.alone)
             case Concat():
                 yield from self._concatenation(node)
             case View():
@@ -217,6 +217,7 @@ class _Lowering:
             seconds=size / BYTES,
             macs=0,
             bytes=size,
+            inputs=node.inputs,
             output=node.output,
             keep=keep,
         )

@@ -17,21 +17,23 @@ class Packed:
         tensor: what ``kernel.pack`` returned.
         kernel: which kernel.
         part: what it computes of its convolution.
-        matrix: which matrix of a :class:`groupconv.compiler.graph.Products` they are; None for a
-            part of a convolution.
     """
 
     tensor: Tensor
     kernel: Kernel
     part: Part
-    matrix: int | None = None
 
     def unpack(self, weight: Tensor) -> None:
         """Write them where they belong in ``weight``, that of the whole operator."""
-        if self.matrix is not None:
-            weight = weight[self.matrix][:, :, None, None]
         # Every weight by its number, and 0 where the kernel reads none, packed in the same way.
         numbers = torch.arange(1, weight.numel() + 1).reshape(weight.shape)
-        places = self.kernel.pack(self.part.weight(numbers))
+        places = pack(self.kernel, self.part, numbers)
         used = places > 0
         weight.view(-1)[places[used] - 1] = self.tensor[used]
+
+
+def pack(kernel: Kernel, part: Part, weight: Tensor) -> Tensor:
+    """What ``kernel`` reads of ``weight``, that of a whole convolution, or for each image one."""
+    if weight.ndim == 5:
+        return torch.cat([kernel.pack(part.weight(matrix)) for matrix in weight])
+    return kernel.pack(part.weight(weight))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from groupconv.compiler.graph import Graph, Input, Value
-from groupconv.compiler.library import WORTH_SHARING
 from groupconv.compiler.memory import Memory, Storage
 from groupconv.compiler.runner import LAYOUT, STEP, runner
+from groupconv.compiler.schedule import schedule
 from groupconv.compiler.task import Call, Task, empty, view
 from groupconv.kernels import openmp
 
@@ -73,15 +73,12 @@ class Session:
                     self._moving.setdefault(moving, []).append((int(slot), item.offset))
                 else:
                     self.records[slot] = self._memory(item.storage).data_ptr() + item.offset
-        shared = [task.seconds >= WORTH_SHARING for task in self.tasks]
-        following = [*shared[1:], False]
+        turns = schedule(self.tasks, self.memory.places, self.threads)
         base = self.records.ctypes.data
         self.steps = np.array(
             [
-                (task.function, base + 8 * start, self.threads if all_ else 1, all_ or next_)
-                for task, start, all_, next_ in zip(
-                    self.tasks, starts, shared, following, strict=False
-                )
+                (task.function, base + 8 * start, turn.threads, turn.meet)
+                for task, start, turn in zip(self.tasks, starts, turns, strict=False)
             ],
             np.int64,
         ).reshape(len(self.tasks), len(STEP))

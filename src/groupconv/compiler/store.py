@@ -29,7 +29,7 @@ from groupconv.files import replacing
 from groupconv.kernels import cache, jit, kernel
 from groupconv.kernels.tile import Tile
 
-_FORMAT = 2
+_FORMAT = 3
 _HEAD, _WEIGHTS = "program.json", "weights.safetensors"
 
 

@@ -41,7 +41,8 @@ class Task:
         macs: multiply-adds.
         bytes: read and written, at least.
         scratch: bytes that each thread needs for itself.
-        output: what it computes, or a part of it.
+        inputs: what it reads.
+        output: what it computes, or a part of it; no part is read by another one.
         packed: the weights whose address is in the record.
         keep: other tensors whose addresses are.
     """
@@ -53,6 +54,7 @@ class Task:
     seconds: float
     macs: int
     bytes: int
+    inputs: tuple[Value, ...]
     output: Value
     scratch: int = 0
     packed: Packed | None = None

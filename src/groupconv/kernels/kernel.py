@@ -112,6 +112,7 @@ class Kernel:
             self.tile.rows,
             self.tile.blocks,
             self.buffer,
+            0,
             threads,
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (0, 0, 0)),
         )

@@ -22,16 +22,18 @@ from groupconv.kernels.tile import Tile
 
 # What the work is done on: a record of eight bytes each, in this order. ``rows`` and ``blocks``
 # are those of the tile, and ``share`` the elements of the buffer for each thread, so that tiles
-# that differ in nothing else share their code.
+# that differ in nothing else share their code. ``image_weights`` are the elements from the weights
+# of one image to those of the next, 0 where all have the same.
 RECORD = (
     "x", "w", "bias", "residual", "order", "y", "buffer", "images", "rows", "blocks", "share",
+    "image_weights",
 )  # fmt: skip
 # What a kernel is called with, a record too: from Python, one pointer costs a quarter of the time
 # of fifteen arguments. The last three are functions of the OpenMP runtime.
 ARGUMENTS = (*RECORD, "threads", "parallel", "thread_number", "thread_count")
 LAYOUT = struct.Struct(f"{len(ARGUMENTS)}Q")
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-_INTEGERS = ("images", "rows", "blocks", "share", "threads")
+_INTEGERS = ("images", "rows", "blocks", "share", "image_weights", "threads")
 
 
 def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:
@@ -222,6 +224,7 @@ class _Work:
                 ("%residual", spec.residual_stride, out, written),
             )
         )
+        weights = e.offset("%w", e.mul(image, "%image_weights"))
         parts_before: Value = 0
         weights_before = 0
         for kind, kernel, count in zip(self.kinds, self.kernels, parts, strict=True):
@@ -229,7 +232,7 @@ class _Work:
             with e.when(e.let(f"icmp ult i64 {number}, {count}")):
                 begin = e.mul(number, "%blocks")
                 end = e.min(e.add(begin, "%blocks"), kind.count)
-                w = e.offset("%w", weights_before)
+                w = e.offset(weights, weights_before)
                 first_output, first_input = kind.start(e, begin)
                 source, target = x, y
                 if self.inputs:
