@@ -6,8 +6,8 @@
 Every seed takes its own choice of groups and positions, and its own baselines: the same groups cut
 as the channels come, random groups refitted, and channels pruned until the network is as fast as
 ours. None is trained. The exit status is 1 unless ours is more accurate than every baseline that
-takes no more time, by more than the spread of the seeds; one that is much faster, and less accurate,
-is not beaten either.
+takes no more time, by more than the spread of the seeds; one that is much faster but less accurate
+is not beaten.
 """
 
 import argparse

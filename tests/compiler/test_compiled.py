@@ -324,6 +324,18 @@ def test_any_number_of_threads_gives_the_same_bits(
     assert all(other == found[0] for other in found)
 
 
+def test_more_threads_than_cores_meet_again_and_again(
+    model: Network, threads: Callable[[int], None]
+) -> None:
+    """Those that wait give way to those that work."""
+    x = images(3, 61, 67)
+    compiled = groupconv.compile(model, x)
+    threads(1)
+    expected = bits(compiled(x))
+    threads((os.cpu_count() or 1) + 3)
+    assert all(bits(compiled(x)) == expected for _ in range(100))
+
+
 def test_any_split_of_the_batch_gives_the_same_bits(model: Network) -> None:
     x = images(5, 21, 15)
     compiled = groupconv.compile(model, x)

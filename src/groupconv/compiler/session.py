@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groupconv.compiler.graph import Graph, Input, Value
 from groupconv.compiler.memory import Memory, Storage
-from groupconv.compiler.runner import LAYOUT, STEP, runner
+from groupconv.compiler.runner import LAYOUT, PLACE, STEP, give_way, runner
 from groupconv.compiler.schedule import schedule
 from groupconv.compiler.task import Call, Task, empty, view
 from groupconv.kernels import openmp
@@ -54,6 +54,7 @@ class Session:
         self.scratch = torch.empty(max(1, threads * share // 4), dtype=torch.float32)
         self.constants = list(graph.constants.values())
         self._write_records()
+        self.place = np.zeros(PLACE, np.int64)
         self._run = runner()
         self._arguments = {part: self._pack(part) for part in self.parts if isinstance(part, Run)}
 
@@ -135,11 +136,9 @@ class Session:
             self.steps.ctypes.data + 8 * len(STEP) * part.first,
             part.stop - part.first,
             self.threads,
-            *(
-                (pool.parallel, pool.barrier, pool.thread_number, pool.thread_count)
-                if pool
-                else (0,) * 4
-            ),
+            self.place.ctypes.data,
+            *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (0, 0, 0)),
+            give_way() if pool else 0,
         )
 
 

@@ -30,7 +30,6 @@ class Pool:
     """Addresses of functions of an OpenMP runtime, and the file that it came from."""
 
     parallel: int
-    barrier: int
     thread_number: int
     thread_count: int
     path: str
@@ -44,14 +43,15 @@ def pool() -> Pool | None:
             continue
         library = ctypes.CDLL(path)
         try:
-            functions = (library.GOMP_parallel, library.GOMP_barrier,
-                         library.omp_get_thread_num, library.omp_get_num_threads)  # fmt: skip
+            functions = (
+                library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+            )  # fmt: skip
         except AttributeError:
             continue
-        parallel, barrier, number, count = (
+        parallel, number, count = (
             ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions
         )
-        return Pool(parallel, barrier, number, count, path)
+        return Pool(parallel, number, count, path)
     return None
 
 
