@@ -105,3 +105,13 @@ def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_never_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GROUPCONV_TUNE", "0")
     assert len(algorithms.choose(graph(CASES[0]), Library()).nodes) == 1
+
+
+@pytest.mark.parametrize(
+    ("tiles", "channels", "rows"),
+    [(16, 256, 17), (17, 256, 17), (64, 64, 65), (49, 64, 49), (4, 512, 5), (4, 1024, 4)],
+)
+def test_matrices_begin_on_different_lines_of_the_cache(
+    tiles: int, channels: int, rows: int
+) -> None:
+    assert algorithms._rows(tiles, channels) == rows

@@ -169,7 +169,9 @@ def _run(
             "rows": kernel.tile.rows,
             "blocks": kernel.tile.blocks,
             "share": kernel.buffer,
-            "image_weights": 0,
+            "x_image": kernel.spec.input_image,
+            "y_image": kernel.spec.output_image,
+            "w_image": 0,
         }
         record = torch.tensor([values[name] for name in RECORD])
         for thread in range(threads):

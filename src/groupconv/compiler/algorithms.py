@@ -31,6 +31,8 @@ _WIDE = 16
 # larger than what they sum up to, and shorter chains keep the rounding error below four times that
 # of PyTorch.
 _CHAINS = {2: 128, 4: 32}
+# Bytes after which the lines of the cache next to the core begin again.
+_SAME_LINES = 4096
 # Seconds for which the ways are compared, and by how much a new one must win.
 _COMPARING, _MARGIN = 0.15, 1.05
 
@@ -67,14 +69,24 @@ def split(node: Node, operator: Convolution, results: int) -> Iterator[Node]:
     count = conv.batch * math.prod(tiles(conv.output_size, results))
     before = (conv.padding[0][0], conv.padding[1][0])
     weight = _transformed(operator.weight, results)
-    inward = Value(f"{node.name}.tiles", (len(weight), count, conv.in_channels), 2)
-    products = Value(f"{node.name}.products", (len(weight), count, conv.out_channels), 2)
+    inward, products = (
+        Value(f"{node.name}.{name}", (len(weight), _rows(count, channels), channels), 2)
+        for name, channels in (("tiles", conv.in_channels), ("products", conv.out_channels))
+    )
     height, width = conv.output_size
     first = ToTiles(results, before, (height, width))
     last = FromTiles(results, operator.bias, operator.activation, operator.slope, operator.residual)
     yield Node(node.name, first, (x,), inward)
-    yield Node(node.name, Products(weight, conv.groups, _CHAINS[results]), (inward,), products)
+    yield Node(
+        node.name, Products(weight, count, conv.groups, _CHAINS[results]), (inward,), products
+    )
     yield Node(node.name, last, (products, *added), node.output)
+
+
+def _rows(tiles: int, channels: int) -> int:
+    """Of a matrix: one more than the tiles where all matrices would else begin on the same lines
+    of the cache. Those who write and read them go through all of them at once."""
+    return min(tiles, tiles + 1, key=lambda rows: math.gcd(4 * rows * channels, _SAME_LINES))
 
 
 def _transformed(weight: Tensor, results: int) -> Tensor:

@@ -51,9 +51,9 @@ def multiply(
 ) -> Task:
     """One task: each matrix is an image, with weights of its own."""
     (x,), y = node.inputs, node.output
-    count, rows, into = x.shape
+    count, rows = x.shape[0], operator.rows
     conv = ConvSpec(
-        count, into, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1),
+        count, x.channels, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1),
         operator.groups,
     )  # fmt: skip
     (part,) = parts(conv).parts
@@ -61,7 +61,11 @@ def multiply(
     kernel = library.kernel(part.spec, count, alone=alone)
     packed = Packed(shared(pack(kernel, part, operator.weight)), kernel, part)
     images = Convolution(conv, operator.weight)
-    return _task(node, images, packed, (places[x], None, places[y]), None)
+    return _task(
+        node, images, packed, (places[x], None, places[y]), None,
+        x_image=x.shape[1] * x.channels, y_image=y.shape[1] * y.channels,
+        w_image=kernel.packed_size,
+    )  # fmt: skip
 
 
 def _task(
@@ -70,7 +74,14 @@ def _task(
     packed: Packed,
     places: tuple[Place, Place | None, Place],
     order: Tensor | None,
+    **strides: int,
 ) -> Task:
+    """The task of one kernel.
+
+    Args:
+        places: of input, residual and output.
+        strides: those of ``module.RECORD`` from one image to the next, where they are not usual.
+    """
     source, residual, target = places
     kernel, part, images = packed.kernel, packed.part, operator.conv.batch
     bias = None if operator.bias is None else operator.bias.contiguous()
@@ -86,8 +97,11 @@ def _task(
         "rows": kernel.tile.rows,
         "blocks": kernel.tile.blocks,
         "share": kernel.buffer,
-        "image_weights": kernel.packed_size if operator.weight.ndim == 5 else 0,
+        "x_image": part.spec.input_image,
+        "y_image": part.spec.output_image,
+        "w_image": 0,
     }
+    arguments |= strides
     conv = part.spec.conv
     return Task(
         name=node.name,

@@ -101,11 +101,13 @@ class Products:
 
     Args:
         weight: ``((results + 2)**2, out_channels, in_channels / groups, 1, 1)``.
+        rows: of a matrix that hold tiles; those after them are never looked at.
         groups: of the channels.
         chain: see :class:`groupconv.kernels.spec.KernelSpec`.
     """
 
     weight: Tensor
+    rows: int
     groups: int
     chain: int
 

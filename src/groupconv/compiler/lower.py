@@ -112,7 +112,9 @@ class _Lowering:
             case Softmax():
                 return self._task(node, SoftmaxStep(_pixels(x), x.channels, strides))
             case ToTiles(results, before, output_size):
-                inward = ToTilesStep(results, x.channels, size, before, output_size, strides[0])
+                inward = ToTilesStep(
+                    results, x.channels, size, before, output_size, strides[0], _matrix(y)
+                )
                 return self._task(node, inward, images=x.shape[0])
             case FromTiles() as last:
                 return self._from_tiles(node, last)
@@ -132,7 +134,7 @@ class _Lowering:
         bias = None if last.bias is None else last.bias.detach().contiguous()
         step = FromTilesStep(
             last.results, y.channels, _size(y), strides, bias is not None, last.residual,
-            last.activation, last.slope,
+            last.activation, last.slope, _matrix(x),
         )  # fmt: skip
         record = (
             Pointer.to(self.places[x]),
@@ -230,6 +232,11 @@ def _images(value: Value) -> int:
 def _pixels(value: Value) -> int:
     """Of one image."""
     return value.pixels // max(1, _images(value))
+
+
+def _matrix(value: Value) -> int:
+    """Elements of one of those that minimal filtering multiplies."""
+    return value.shape[1] * value.channels
 
 
 def _size(value: Value) -> tuple[int, int]:

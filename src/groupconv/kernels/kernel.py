@@ -112,6 +112,8 @@ class Kernel:
             self.tile.rows,
             self.tile.blocks,
             self.buffer,
+            self.spec.input_image,
+            self.spec.output_image,
             0,
             threads,
             *((pool.parallel, pool.thread_number, pool.thread_count) if pool else (0, 0, 0)),

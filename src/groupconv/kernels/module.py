@@ -7,7 +7,6 @@ tasks. No sum depends on how the tasks are shared out.
 
 import ctypes
 import functools
-import math
 import struct
 from collections.abc import Sequence
 
@@ -22,18 +21,19 @@ from groupconv.kernels.tile import Tile
 
 # What the work is done on: a record of eight bytes each, in this order. ``rows`` and ``blocks``
 # are those of the tile, and ``share`` the elements of the buffer for each thread, so that tiles
-# that differ in nothing else share their code. ``image_weights`` are the elements from the weights
-# of one image to those of the next, 0 where all have the same.
+# that differ in nothing else share their code. ``x_image``, ``y_image`` and ``w_image`` are the
+# elements from one image to the next, and from its weights to those of the next: 0 where all have
+# the same.
 RECORD = (
     "x", "w", "bias", "residual", "order", "y", "buffer", "images", "rows", "blocks", "share",
-    "image_weights",
+    "x_image", "y_image", "w_image",
 )  # fmt: skip
 # What a kernel is called with, a record too: from Python, one pointer costs a quarter of the time
 # of fifteen arguments. The last three are functions of the OpenMP runtime.
 ARGUMENTS = (*RECORD, "threads", "parallel", "thread_number", "thread_count")
 LAYOUT = struct.Struct(f"{len(ARGUMENTS)}Q")
 PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-_INTEGERS = ("images", "rows", "blocks", "share", "image_weights", "threads")
+_INTEGERS = ("images", "rows", "blocks", "share", "x_image", "y_image", "w_image", "threads")
 
 
 def buffer_size(spec: KernelSpec, machine: Machine, tile: Tile) -> int:
@@ -65,11 +65,6 @@ def _output_buffer(e: Emitter, spec: KernelSpec, kinds: list[Block], rows: Value
     return _whole_lines(
         e, e.mul(rows, spec.conv.output_size[1] * max(block.outputs for block in kinds))
     )
-
-
-def _image(stride: int, channels: int, size: Sequence[int]) -> int:
-    """Elements from one image to the next; pixels lie ``stride`` apart, in NCHW 1."""
-    return max(stride, channels) * math.prod(size)
 
 
 def _whole_lines(e: Emitter, elements: Value) -> Value:
@@ -211,20 +206,12 @@ class _Work:
         results: str,
         staged: str,
     ) -> None:
-        e, spec, conv = self.e, self.spec, self.spec.conv
+        e, conv = self.e, self.spec.conv
         image, rows = e.div(chunk, chunks), e.rem(chunk, chunks)
         first = e.mul(rows, "%rows")
         last = e.min(e.add(first, "%rows"), conv.output_size[0])
-        into, out, written = conv.in_channels, conv.out_channels, spec.output_tensor_size
-        x, y, residual = (
-            e.offset(name, e.mul(image, _image(stride, channels, size)))
-            for name, stride, channels, size in (
-                ("%x", spec.input_stride, into, conv.input_size),
-                ("%y", spec.output_stride, out, written),
-                ("%residual", spec.residual_stride, out, written),
-            )
-        )
-        weights = e.offset("%w", e.mul(image, "%image_weights"))
+        x, weights, y = (e.offset(f"%{n}", e.mul(image, f"%{n}_image")) for n in ("x", "w", "y"))
+        residual = e.offset("%residual", e.mul(image, self.spec.residual_image))
         parts_before: Value = 0
         weights_before = 0
         for kind, kernel, count in zip(self.kinds, self.kernels, parts, strict=True):

@@ -291,6 +291,23 @@ class KernelSpec:
         return (self.residual_pixel or self.conv.out_channels) if self.channels_last_output else 1
 
     @property
+    def input_image(self) -> int:
+        """Elements from one image of the input to the next, where they lie side by side."""
+        conv = self.conv
+        return max(self.input_stride, conv.in_channels) * math.prod(conv.input_size)
+
+    @property
+    def output_image(self) -> int:
+        """The same of the tensor that is written."""
+        return max(self.output_stride, self.conv.out_channels) * math.prod(self.output_tensor_size)
+
+    @property
+    def residual_image(self) -> int:
+        """The same of the residual."""
+        size = math.prod(self.output_tensor_size)
+        return max(self.residual_stride, self.conv.out_channels) * size
+
+    @property
     def staged_input(self) -> bool:
         """Whether rows of the input are brought into another order before they are used."""
         return self.ordered or not self.channels_last_input

@@ -26,6 +26,7 @@ class FromTilesStep(Step):
         strides: of the residual and of the output.
         bias: whether there is one.
         residual, activation, slope: see :class:`groupconv.kernels.spec.KernelSpec`.
+        matrix: elements from one matrix to the next.
     """
 
     results: int
@@ -36,6 +37,7 @@ class FromTilesStep(Step):
     residual: str | None
     activation: str | None
     slope: float
+    matrix: int
 
     arguments: ClassVar[tuple[str, ...]] = ("x", "bias", "residual", "y", "images")
 
@@ -55,7 +57,6 @@ class FromTilesStep(Step):
 
     def _body(self, e: Emitter) -> None:
         (height, width), (down, across) = self.output_size, self.tiles
-        matrix = e.mul("%images", down * across * self.channels)
         with e.loop(*entry.part(e, e.mul("%images", down))) as line:
             image, tile = e.div(line, down), e.rem(line, down)
             row = e.mul(tile, self.results)
@@ -63,11 +64,9 @@ class FromTilesStep(Step):
             with e.loop(0, across) as number:
                 column = e.mul(number, self.results)
                 x = e.offset("%x", e.mul(e.add(e.mul(line, across), number), self.channels))
-                self._tile(e, x, matrix, (row, column), e.add(first, column))
+                self._tile(e, x, (row, column), e.add(first, column))
 
-    def _tile(
-        self, e: Emitter, x: str, matrix: Value, place: tuple[Value, Value], first: Value
-    ) -> None:
+    def _tile(self, e: Emitter, x: str, place: tuple[Value, Value], first: Value) -> None:
         side, width = range(self.results + TAPS - 1), self.output_size[1]
         rows, columns = (
             self._inside(e, start, size)
@@ -78,7 +77,7 @@ class FromTilesStep(Step):
             for offset, count in vectors:
                 at = e.add(channel, offset)
                 products = [
-                    [e.load(x, e.add(e.mul(matrix, r * len(side) + c), at), count) for c in side]
+                    [e.load(x, e.add((r * len(side) + c) * self.matrix, at), count) for c in side]
                     for r in side
                 ]
                 square = transform.results(e, self.results, products)

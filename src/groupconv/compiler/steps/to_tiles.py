@@ -26,6 +26,7 @@ class ToTilesStep(Step):
         before: rows and columns of padding before the image.
         output_size: rows and columns of the result of the convolution.
         stride: of the input.
+        matrix: elements from one matrix to the next.
     """
 
     results: int
@@ -34,6 +35,7 @@ class ToTilesStep(Step):
     before: tuple[int, int]
     output_size: tuple[int, int]
     stride: int
+    matrix: int
 
     arguments: ClassVar[tuple[str, ...]] = ("x", "y", "images")
 
@@ -58,7 +60,6 @@ class ToTilesStep(Step):
     def _body(self, e: Emitter) -> None:
         (height, width), (top, left) = self.input_size, self.before
         down, across = self.tiles
-        matrix = e.mul("%images", down * across * self.channels)
         with e.loop(*entry.part(e, e.mul("%images", down))) as line:
             image, tile = e.div(line, down), e.rem(line, down)
             x = e.offset("%x", e.mul(image, height * width * self.stride))
@@ -66,9 +67,9 @@ class ToTilesStep(Step):
             with e.loop(0, across) as number:
                 column = e.sub(e.mul(number, self.results), left)
                 y = e.offset("%y", e.mul(e.add(e.mul(line, across), number), self.channels))
-                self._tile(e, x, row, column, y, matrix)
+                self._tile(e, x, row, column, y)
 
-    def _tile(self, e: Emitter, x: str, row: Value, column: Value, y: str, matrix: Value) -> None:
+    def _tile(self, e: Emitter, x: str, row: Value, column: Value, y: str) -> None:
         """One tile, whole, or with zeros where it is outside of the image."""
         height, width = self.input_size
         side = range(self.side)
@@ -85,7 +86,7 @@ class ToTilesStep(Step):
             ]
 
         with e.when(whole):
-            self._transform(e, inside, y, matrix)
+            self._transform(e, inside, y)
         with e.when(e.let(f"xor i1 {whole}, true")):
             # What is outside is read from the pixel nearest to it, and not used.
             rows = [_clamped(e, e.add(row, r), height) for r in side]
@@ -107,17 +108,17 @@ class ToTilesStep(Step):
                     for r in side
                 ]
 
-            self._transform(e, border, y, matrix)
+            self._transform(e, border, y)
 
     def _transform(
-        self, e: Emitter, load: Callable[[Value, int], transform.Square], y: str, matrix: Value
+        self, e: Emitter, load: Callable[[Value, int], transform.Square], y: str
     ) -> None:
         def some(channel: Value, vectors: Sequence[tuple[int, int]]) -> None:
             for offset, count in vectors:
                 at = e.add(channel, offset)
                 tile = transform.inputs(e, self.results, load(at, count))
                 for i, value in enumerate(v for line in tile for v in line):
-                    e.store(value, y, e.add(e.mul(matrix, i), at), count)
+                    e.store(value, y, e.add(i * self.matrix, at), count)
 
         cover(e, self.channels, 1, some)
 
