@@ -25,6 +25,8 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
+ORDER = torch.tensor([3, 0, 11, 7, 1, 2, 10, 9, 4, 8, 5, 6])
+BACK = torch.tensor([1, 0])
 # What begins and ends as images, moves channels at most, and so has nothing for PyTorch to do.
 OF_CHANNELS: dict[str, Callable[[Tensor], Any]] = {
     "split": lambda x: x.split(5, 1),
@@ -53,6 +55,9 @@ OF_CHANNELS: dict[str, Callable[[Tensor], Any]] = {
     "movedim": lambda x: x.movedim(1, -1).movedim(-1, 1),
     "expand": lambda x: x[:, 3:4].expand(-1, 5, -1, -1),
     "repeated": lambda x: torch.cat([x[:, :1]] * 3, 1),
+    "index_select": lambda x: x.index_select(1, ORDER),
+    "index": lambda x: x[:, ORDER[3:]],
+    "negative indices": lambda x: x[:, ORDER - 12],
     "of the same size": lambda x: x.view_as(x).expand_as(x).reshape(x.shape).contiguous(),
 }
 # What takes rows and columns.
@@ -72,6 +77,9 @@ OF_PIXELS: dict[str, Callable[[Tensor], Any]] = {
     "transposed": lambda x: x.transpose(2, 3),
     "second image": lambda x: x[1:],
     "batch for channels": lambda x: x.transpose(0, 1),
+    "rows by index": lambda x: x[:, :, BACK],
+    "images by index": lambda x: x.index_select(0, BACK),
+    "channels and rows by index": lambda x: x[:, BACK, BACK],
     "spread": lambda x: x[..., :1].expand(-1, -1, -1, 3),
 }
 

@@ -1,5 +1,7 @@
 """Convolutions in three parts, after Winograd, against PyTorch in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,6 +93,30 @@ def test_parts_of_wider_values(results: int) -> None:
     y = b.concat(b.conv(right, 40, 3, padding=1), left)
     whole = b.graph(y)
     check(split(whole, results), expected=whole)
+
+
+@pytest.mark.parametrize("way", [0, *RESULTS])
+def test_channels_in_another_order_are_gathered(way: int) -> None:
+    b = Builder((2, 24, 7, 9))
+    (node,) = b.graph(b.conv(b.inputs[0], 16, 3, padding=1, groups=2)).nodes
+    assert isinstance(node.operator, Convolution)
+    order = tuple(torch.randperm(24, generator=b.random).tolist())
+    ordered = dataclasses.replace(node.operator, order=order)
+    node = dataclasses.replace(node, operator=ordered)
+    whole = Graph(b.inputs, (node.output,), [node])
+    nodes = list(algorithms.split(node, ordered, way))
+    assert len(nodes) == (4 if way else 2)
+    check(whole.replace(nodes), expected=whole)
+
+
+def test_planes_are_not_gathered() -> None:
+    """Their channels don't lie in pixels."""
+    x, y = Value("x", (1, 32, 8, 8), 3), Value("y", (1, 32, 8, 8))
+    operator = graph(CASES[0]).nodes[0].operator
+    assert isinstance(operator, Convolution)
+    ordered = dataclasses.replace(operator, order=tuple(reversed(range(32))))
+    assert algorithms._ways(Node("y", ordered, (x,), y), ordered) == ()
+    assert algorithms._ways(Node("y", ordered, (y,), y), ordered) == (0, *RESULTS)
 
 
 def test_the_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,9 @@
-"""Which convolutions are computed after Winograd: those where the clock says so."""
+"""Which convolutions are computed after Winograd, and which gather their channels first: those
+where the clock says so.
+
+A convolution can bring channels into its own order on the way, for each block of its results again.
+Winograd takes them as they lie.
+"""
 
 import functools
 import json
@@ -13,6 +18,7 @@ from groupconv.compiler.filtering import TAPS, filtering, tiles
 from groupconv.compiler.graph import (
     Convolution,
     FromTiles,
+    Gather,
     Graph,
     Node,
     Products,
@@ -21,6 +27,7 @@ from groupconv.compiler.graph import (
 )
 from groupconv.compiler.library import Library
 from groupconv.compiler.program import Program
+from groupconv.compiler.weights import reads_planes
 from groupconv.kernels import cache, openmp
 from groupconv.kernels.tuning import tuning
 from groupconv.timing import interleave
@@ -31,6 +38,8 @@ _WIDE = 16
 # larger than what they sum up to, and shorter chains keep the rounding error below four times that
 # of PyTorch.
 _CHAINS = {2: 128, 4: 32}
+# Instead of results of a tile: one step, of channels that are gathered before it.
+_GATHERED = 0
 # Bytes after which the lines of the cache next to the core begin again.
 _SAME_LINES = 4096
 # Seconds for which the ways are compared, and by how much a new one must win.
@@ -42,30 +51,42 @@ def choose(graph: Graph, library: Library) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         operator = node.operator
-        if isinstance(operator, Convolution) and _is_suited(node, operator):
-            results = _fastest(node, operator, library)
-            nodes += split(node, operator, results) if results else [node]
+        if isinstance(operator, Convolution) and (ways := _ways(node, operator)):
+            way = _fastest(node, operator, ways, library)
+            nodes += [node] if way is None else split(node, operator, way)
         else:
             nodes.append(node)
     return graph.replace(nodes)
 
 
-def _is_suited(node: Node, operator: Convolution) -> bool:
+def _ways(node: Node, operator: Convolution) -> tuple[int, ...]:
+    """In which other ways it can be computed."""
     conv = operator.conv
-    return (
+    if reads_planes(node):
+        return ()
+    gathered = () if operator.order is None else (_GATHERED,)
+    winograd = (
         not conv.transposed
         and conv.kernel_size == (TAPS, TAPS)
         and conv.stride == conv.dilation == (1, 1)
         and min(min(pair) for pair in conv.padding) >= 0
         and min(conv.in_channels, conv.out_channels) // conv.groups >= _WIDE
-        and operator.order is None
         and node.inputs[0].axis == 1
     )
+    return (*gathered, *_CHAINS) if winograd else gathered
 
 
 def split(node: Node, operator: Convolution, results: int) -> Iterator[Node]:
-    """The three parts of a convolution; each tile has ``results`` to a side."""
+    """The three parts of a convolution; each tile has ``results`` to a side. A gather before them
+    where the convolution takes channels in another order."""
     conv, (x, *added) = operator.conv, node.inputs
+    if operator.order is not None:
+        gathered = Value(f"{node.name}.gathered", x.shape, x.axis)
+        yield Node(node.name, Gather(operator.order), (x,), gathered)
+        x = gathered
+    if results == _GATHERED:
+        yield Node(node.name, replace(operator, order=None), (x, *added), node.output)
+        return
     count = conv.batch * math.prod(tiles(conv.output_size, results))
     before = (conv.padding[0][0], conv.padding[1][0])
     weight = _transformed(operator.weight, results)
@@ -97,21 +118,23 @@ def _transformed(weight: Tensor, results: int) -> Tensor:
     return (both @ flat.flatten(1)).unflatten(1, (*flat.shape[1:], 1, 1)).float()
 
 
-def _fastest(node: Node, operator: Convolution, library: Library) -> int | None:
-    """Results of a tile by the clock, on the layer alone, or None; remembered with the code."""
+def _fastest(
+    node: Node, operator: Convolution, ways: tuple[int, ...], library: Library
+) -> int | None:
+    """One of ``ways`` by the clock, on the layer alone, or None; remembered with the code."""
     if not tuning():
         return None
     plain = replace(operator, bias=None, activation=None, residual=None)
-    key = cache.key("winograd", plain.conv, sorted(_CHAINS), library.machine, openmp.threads())
+    key = cache.key("algorithm", plain.conv, ways, library.machine, openmp.threads())
     entry = cache.read(key)
     if entry is not None:
         return json.loads(entry)
     x = Value("x", node.inputs[0].shape)
     y = Value("y", node.output.shape)
     alone = Node("y", plain, (x,), y)
-    ways: dict[int | None, list[Node]] = {None: [alone]}
-    ways.update((m, list(split(alone, plain, m))) for m in _CHAINS)
-    programs = {m: Program(Graph((x,), (y,), nodes), library) for m, nodes in ways.items()}
+    nodes: dict[int | None, list[Node]] = {None: [alone]}
+    nodes.update((m, list(split(alone, plain, m))) for m in ways)
+    programs = {m: Program(Graph((x,), (y,), each), library) for m, each in nodes.items()}
     example = programs[None].example()
     times = interleave(
         {str(m): functools.partial(program, example) for m, program in programs.items()},

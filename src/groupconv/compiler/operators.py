@@ -60,7 +60,7 @@ def lower(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
         target = getattr(packet, target._overloadname)
     if packet in _MADE:
         return target(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
-    if packet in _VIEWS:
+    if packet in _VIEWS or _takes_fixed_places(packet, args):
         return _view(target, args, kwargs, like)
     if packet in _SAME or (packet is aten._to_copy and like.dtype == args[0].dtype):
         return args[0]
@@ -84,6 +84,16 @@ def lower(builder: Builder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[s
             for item, part in enumerate(like)
         ]
     return builder.host(target, args, kwargs, like, reason)
+
+
+def _takes_fixed_places(packet: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it picks numbers by indices that never change: as good as a view."""
+    if packet not in (aten.index_select, aten.index):
+        return False
+    indices = args[2:] if packet is aten.index_select else [i for i in args[1] if i is not None]
+    return all(
+        isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) for index in indices
+    )
 
 
 def _refuse_unknown_sizes(target: Any, like: Any) -> None:
