@@ -68,8 +68,8 @@ ORDER = {
     "data": ["images", "sample"],
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
-        "onnx_int8", "onnxruntime", "openvino", "rewrites", "litert_convert", "litert_int8",
-        "litert", "executorch", "mil_functions", "mil",
+        "onnx_int8", "onnxruntime", "openvino", "rewrites", "dense", "litert_convert",
+        "litert_int8", "litert", "executorch", "mil_functions", "mil",
         "coreml", "verify", "export", "table", "alone", "bench",
     ],
     "report": ["pictures", "table", "page"],

@@ -78,6 +78,33 @@ def test_litert_has_one_node_for_a_grouped_layer(
     assert found.agreement.largest < 1e-5
 
 
+class OffGpu(nn.Module):
+    """Convolutions in groups of 4 and of 2 channels, of one, and an index of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.four = nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.two = nn.Conv2d(16, 16, 3, padding=1, groups=8)
+        self.one = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.one(self.two(self.four(x)))
+        return y, y.argmax(1)
+
+
+def test_what_litert_has_no_gpu_code_for(litert: FileTarget, tmp_path: Path) -> None:
+    net, x = OffGpu().eval(), numbers(1, 16, 8, 8)
+    found = groupconv.export(net, x, tmp_path / "net.tflite")
+    split = "1 CONV_2D of groups that are no multiple of 4 channels"
+    assert found.off_gpu == ("ARG_MAX", split)
+    assert f"its GPU code does not run as they are: ARG_MAX, {split}" in str(found)
+    dense = groupconv.export(net, x, tmp_path / "dense.tflite", dense=True)
+    assert dense.off_gpu == ("ARG_MAX",)
+    assert dense.nodes["CONV_2D"] == 2
+    assert dense.bytes > found.bytes
+    assert [net.four.groups, net.two.groups] == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("layer", "size"),
     [

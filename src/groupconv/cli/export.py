@@ -32,6 +32,9 @@ def export(
     ] = None,
     max_images: Annotated[int, typer.Option(help="Images to compare on, at most.")] = 1000,
     any_size: Annotated[bool, typer.Option("--any-size", help="For images of any size.")] = False,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Grouped layers as dense ones with zeros.")
+    ] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize; needs --data.")] = False,
     calibrate: Annotated[int, typer.Option(help="Images to calibrate INT8 on.")] = 128,
     json: JsonFlag = False,
@@ -67,6 +70,7 @@ def export(
         labels=labels,
         int8=calibration,
         any_size=any_size,
+        dense=dense,
         metadata=metadata,
     )
     if json:

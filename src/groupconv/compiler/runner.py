@@ -47,7 +47,7 @@ def emit(machine: Machine, name: str) -> str:
 def _entry(machine: Machine, name: str) -> tuple[Emitter, str]:
     """Walk, alone or in a parallel region."""
     e = Emitter(machine)
-    _unpack(e)
+    e.unpack(ARGUMENTS, _INTEGERS)
     with e.when(e.let("icmp sgt i64 %threads, 1")):
         threads = e.let("trunc i64 %threads to i32")
         e.do(f"call void %parallel(ptr @{name}_member, ptr %record, i32 {threads}, i32 0)")
@@ -61,7 +61,7 @@ def _entry(machine: Machine, name: str) -> tuple[Emitter, str]:
 def _member(machine: Machine, name: str) -> tuple[Emitter, str]:
     """What every thread of the region runs."""
     e = Emitter(machine)
-    _unpack(e)
+    e.unpack(ARGUMENTS, _INTEGERS)
     thread, team = (
         e.let(f"sext i32 {e.let(f'call i32 %{function}()')} to i64")
         for function in ("thread_number", "thread_count")
@@ -69,13 +69,6 @@ def _member(machine: Machine, name: str) -> tuple[Emitter, str]:
     e.do(f"call void @{name}_steps({_SHARED}, i64 {thread}, i64 {team})")
     e.do("ret void")
     return e, f"define internal void @{name}_member(ptr %record) nounwind {{\n{e.text()}\n}}\n"
-
-
-def _unpack(e: Emitter) -> None:
-    """Values of ``%record`` under the names of :data:`ARGUMENTS`."""
-    for i, argument in enumerate(ARGUMENTS):
-        kind = "i64" if argument in _INTEGERS else "ptr"
-        e.do(f"%{argument} = load {kind}, ptr {e.let(f'getelementptr i64, ptr %record, i64 {i}')}")
 
 
 def _steps(machine: Machine, name: str) -> tuple[Emitter, str]:

@@ -13,6 +13,21 @@ class Emitter(Flow):
 
     # Memory: pointers to float32, offsets in elements.
 
+    def unpack(
+        self, record: Sequence[str], integers: Sequence[str], names: Sequence[str] | None = None
+    ) -> None:
+        """Values of ``%record``, eight bytes each, under their names: pointers and integers.
+
+        Args:
+            record: names of all its values, in order.
+            integers: which of them are integers.
+            names: which are wanted; all by default.
+        """
+        for name in record if names is None else names:
+            kind = "i64" if name in integers else "ptr"
+            place = self.let(f"getelementptr i64, ptr %record, i64 {record.index(name)}")
+            self.do(f"%{name} = load {kind}, ptr {place}")
+
     def offset(self, pointer: str, elements: Value) -> str:
         if elements == 0:
             return pointer

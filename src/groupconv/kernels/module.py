@@ -8,7 +8,6 @@ tasks. No sum depends on how the tasks are shared out.
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
 
 from groupconv.kernels.blocks import Block, blocks
 from groupconv.kernels.emit import Emitter
@@ -119,7 +118,7 @@ def work_name(name: str) -> str:
 def _entry(name: str, machine: Machine) -> str:
     """Run the work on the record, on every thread."""
     e = Emitter(machine)
-    _unpack(e, ("threads", "parallel"))
+    e.unpack(ARGUMENTS, _INTEGERS, ("threads", "parallel"))
     several = e.let("icmp sgt i64 %threads, 1")
     with e.when(several):
         threads = e.let("trunc i64 %threads to i32")
@@ -134,7 +133,7 @@ def _entry(name: str, machine: Machine) -> str:
 def _member(name: str, machine: Machine) -> str:
     """What each thread of a team runs: it asks for its number and does its part."""
     e = Emitter(machine)
-    _unpack(e, ("thread_number", "thread_count"))
+    e.unpack(ARGUMENTS, _INTEGERS, ("thread_number", "thread_count"))
     thread, threads = (
         e.let(f"sext i32 {e.let(f'call i32 %{function}()')} to i64")
         for function in ("thread_number", "thread_count")
@@ -142,14 +141,6 @@ def _member(name: str, machine: Machine) -> str:
     e.do(f"call void @{work_name(name)}(ptr %record, i64 {thread}, i64 {threads})")
     e.do("ret void")
     return f"define internal void @{name}.member(ptr %record) #0 {{\n{e.text()}\n}}\n"
-
-
-def _unpack(e: Emitter, names: Sequence[str]) -> None:
-    """Values of ``%record`` under the names that :data:`ARGUMENTS` gives them."""
-    for name in names:
-        kind = "i64" if name in _INTEGERS else "ptr"
-        place = e.let(f"getelementptr i64, ptr %record, i64 {ARGUMENTS.index(name)}")
-        e.do(f"%{name} = load {kind}, ptr {place}")
 
 
 class _Work:
@@ -170,7 +161,7 @@ class _Work:
 
     def write(self, name: str) -> str:
         e, conv = self.e, self.spec.conv
-        _unpack(e, RECORD)
+        e.unpack(RECORD, _INTEGERS)
         chunks = self._parts(conv.output_size[0], "%rows")
         parts = [self._parts(block.count, "%blocks") for block in self.kinds]
         per_chunk = functools.reduce(e.add, parts)

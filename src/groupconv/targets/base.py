@@ -146,6 +146,10 @@ class FileTarget(Target):
     def nodes(self, path: Path) -> dict[str, int]:
         """The operators of a file, by their names in its format, with how many there are."""
 
+    def off_gpu(self, path: Path) -> list[str]:
+        """What the runtime's GPU code doesn't run as the file has it, as far as that is known."""
+        return []
+
     def quantize(self, path: Path, batches: Iterable[tuple[Tensor, ...]], out: Path) -> list[str]:
         """Write the INT8 form of a file.
 

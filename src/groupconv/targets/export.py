@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from groupconv.errors import ArgumentError, DataError
 from groupconv.targets.base import FileTarget
 from groupconv.targets.coreml import CoreMl
+from groupconv.targets.dense import ungrouped
 from groupconv.targets.eager import Eager
 from groupconv.targets.executorch import ExecuTorch
 from groupconv.targets.inductor import Inductor
@@ -37,6 +38,8 @@ class Exported:
         agreement: with PyTorch.
         before_int8: that of the float file that an INT8 file was made from.
         stay_float: names of what is not INT8 in it.
+        off_gpu: what the GPU delegate of LiteRT doesn't run as the file has it: operators that it
+            leaves to the CPU, and convolutions that it splits into their groups.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Exported:
     agreement: Agreement
     before_int8: Agreement | None = None
     stay_float: tuple[str, ...] = ()
+    off_gpu: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in sorted(self.nodes.items()))
@@ -55,6 +59,8 @@ class Exported:
         lines.append(f"in {self.target} it {self.agreement}")
         if self.stay_float:
             lines.append(f"not INT8: {', '.join(self.stay_float)}")
+        if self.off_gpu:
+            lines.append(f"its GPU code does not run as they are: {', '.join(self.off_gpu)}")
         return "\n".join(lines)
 
 
@@ -67,6 +73,7 @@ def export(
     labels: Tensor | None = None,
     int8: Tensor | None = None,
     any_size: bool = False,
+    dense: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write a network to a file, load it in its runtime, and compare it with PyTorch.
@@ -84,6 +91,8 @@ def export(
             ``.onnx`` and ``.tflite`` only.
         any_size: whether the file must be for images of any size, and of any batch but in
             ``.mlpackage``: that, ``.onnx``, ``.xml`` and ``.pt2`` only.
+        dense: whether grouped convolutions, but for depthwise ones, are written as dense ones with
+            zeros, for hardware that has no others.
         metadata: kept in the file.
 
     Raises:
@@ -112,7 +121,7 @@ def export(
             raise ArgumentError(f"export: labels of shape {tuple(labels.shape)} must be of images")
         classes = [part for part in labels.split(size) if len(part) == size]
     calibration = None if int8 is None else _batches("int8", int8, inputs)
-    return written(target, model, batches, path, metadata, classes, calibration, any_size)
+    return written(target, model, batches, path, metadata, classes, calibration, any_size, dense)
 
 
 def written(
@@ -124,13 +133,14 @@ def written(
     labels: Sequence[Tensor] | None = None,
     int8: Sequence[tuple[Tensor, ...]] | None = None,
     any_size: bool = False,
+    dense: bool = False,
 ) -> Exported:
     """The file of a target, compared with PyTorch on ``batches``, all of one size.
 
     Args:
         labels: of each batch.
         int8: batches to calibrate on, if the file shall be INT8.
-        any_size: see :func:`export`.
+        any_size, dense: see :func:`export`.
 
     Raises:
         DataError, ExportError: as :func:`export`.
@@ -141,7 +151,8 @@ def written(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             new = Path(folder) / path.name
             with torch.no_grad():
-                target.export(model, batches[0], new, metadata, any_size=any_size)
+                net = ungrouped(model) if dense else model
+                target.export(net, batches[0], new, metadata, any_size=any_size)
             agreement, before, kept = verify(target, new, model, batches, labels), None, []
             if int8 is not None:
                 whole, before = new.with_stem(f"{new.stem}-float"), agreement
@@ -149,13 +160,13 @@ def written(
                 kept = target.quantize(whole, int8, new)
                 whole.unlink()
                 agreement = verify(target, new, model, batches, labels, INT8_TOLERANCE)
-            nodes = target.nodes(new)
+            nodes, off_gpu = target.nodes(new), tuple(target.off_gpu(new))
             size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
             for suffix in (*target.beside, target.suffix):
                 _put(new.with_suffix(suffix), path.with_suffix(suffix))
     except OSError as error:
         raise DataError(f"path={str(path)!r} can't be written: {error}") from error
-    return Exported(str(path), target.name, size, nodes, agreement, before, tuple(kept))
+    return Exported(str(path), target.name, size, nodes, agreement, before, tuple(kept), off_gpu)
 
 
 def _put(new: Path, path: Path) -> None:

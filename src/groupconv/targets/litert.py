@@ -1,7 +1,7 @@
 """LiteRT (TensorFlow Lite) with XNNPACK, on the CPU."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,23 @@ from groupconv.targets.quiet import quiet
 
 # Steps that the interpreter adds to those of a file.
 _ADDED = {"DELEGATE"}
+# Operators that its GPU delegate has: tensorflow/lite/tools/versioning/gpu_compatibility.cc.
+_GPU = {
+    "ABS", "ADD", "ADD_N", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CAST", "CONCATENATION", "CONV_2D",
+    "COS", "CUMSUM", "DENSIFY", "DEPTHWISE_CONV_2D", "DEPTH_TO_SPACE", "DEQUANTIZE", "DIV", "ELU",
+    "EQUAL", "EXP", "FLOOR", "FLOOR_DIV", "FLOOR_MOD", "FULLY_CONNECTED", "GATHER", "GELU",
+    "GREATER", "GREATER_EQUAL", "HARD_SWISH", "LEAKY_RELU", "LESS", "LESS_EQUAL", "LOG",
+    "LOGICAL_AND", "LOGISTIC", "LSTM", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM", "MIRROR_PAD",
+    "MUL", "NEG", "NOT_EQUAL", "ONE_HOT", "PACK", "PAD", "PADV2", "POW", "PRELU", "QUANTIZE",
+    "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "RELU", "RELU6", "RELU_N1_TO_1", "RESHAPE",
+    "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "RSQRT", "SELECT", "SELECT_V2", "SIGN", "SIN",
+    "SLICE", "SOFTMAX", "SPACE_TO_DEPTH", "SPLIT", "SPLIT_V", "SQRT", "SQUARE",
+    "SQUARED_DIFFERENCE", "STRIDED_SLICE", "SUB", "SUM", "TANH", "TILE", "TRANSPOSE",
+    "TRANSPOSE_CONV",
+}  # fmt: skip
+# Channels that each group of a convolution must be a multiple of there. Others are split: one
+# convolution for each group (tensorflow/lite/delegates/gpu/common/model_builder.cc).
+_GPU_CHANNELS = 4
 
 
 class LiteRt(FileTarget):
@@ -62,9 +79,27 @@ class LiteRt(FileTarget):
     def quantize(self, path: Path, batches: Iterable[tuple[Tensor, ...]], out: Path) -> list[str]:
         return litert_int8.quantize(path, batches, out)
 
+    def off_gpu(self, path: Path) -> list[str]:
+        missing = sorted(self.nodes(path).keys() - _GPU)
+        split = sum(any(n % _GPU_CHANNELS for n in sizes) for sizes in _group_sizes(path))
+        several = f"{split} CONV_2D of groups that are no multiple of {_GPU_CHANNELS} channels"
+        return [*missing, several] if split else missing
+
     def nodes(self, path: Path) -> dict[str, int]:
         names = [step["op_name"] for step in _interpreter(path)._get_ops_details()]
         return dict(Counter(name for name in names if name not in _ADDED))
+
+
+def _group_sizes(path: Path) -> Iterator[tuple[int, int]]:
+    """Channels of a group, before and after, of every convolution in groups."""
+    interpreter = _interpreter(path)
+    shapes = {t["index"]: t["shape"].tolist() for t in interpreter.get_tensor_details()}
+    for step in interpreter._get_ops_details():
+        if step["op_name"] == "CONV_2D":
+            x, weight = (shapes[index] for index in step["inputs"][:2])
+            groups = x[-1] // weight[-1]
+            if groups > 1:
+                yield weight[-1], weight[0] // groups
 
 
 def _note(path: Path, metadata: Mapping[str, str]) -> None:

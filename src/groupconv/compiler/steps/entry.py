@@ -24,10 +24,7 @@ def module(
         tables: constants that it reads, from :func:`table`.
     """
     e = Emitter(machine)
-    for i, argument in enumerate(arguments):
-        kind = "i64" if argument == "images" else "ptr"
-        place = e.let(f"getelementptr i64, ptr %record, i64 {i}")
-        e.do(f"%{argument} = load {kind}, ptr {place}")
+    e.unpack(arguments, ("images",))
     body(e)
     e.do("ret void")
     bits = 32 * machine.lanes
