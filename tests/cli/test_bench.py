@@ -1,36 +1,20 @@
 """The verb bench: table, JSON and picture."""
 
+import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 
-from groupconv.cli import main
-
-Run = Callable[..., tuple[int, str, str]]
 NAMES = ("--target", "native", "--target", "eager")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output and standard error of ``groupconv bench``."""
+def run(command: Run, tmp_path: Path) -> Run:
     (tmp_path / "net.py").write_text("from networks import residual as build\n")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupconv", "bench", "net.py:build", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
+    return functools.partial(command, "bench", "net.py:build")
 
 
 def test_for_people(run: Run, tmp_path: Path) -> None:

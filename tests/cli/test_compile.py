@@ -1,16 +1,15 @@
 """The verb compile: a checked network in a file, its report, and clear errors."""
 
+import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import Run
 
 import groupconv
-from groupconv.cli import main
 from groupconv.cli.models import load_function
 from groupconv.compiler.compiled import Compiled
 
@@ -40,26 +39,11 @@ def undefined():
     return Undefined()
 """
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output and standard error of ``groupconv compile``."""
+def run(command: Run, tmp_path: Path) -> Run:
     (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupconv", "compile", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
+    return functools.partial(command, "compile")
 
 
 def test_for_people(run: Run) -> None:

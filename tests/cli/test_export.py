@@ -1,18 +1,17 @@
 """The verb export: a file that was checked in its runtime, and clear errors."""
 
+import functools
 import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import Run
 from networks import images, residual
 
 import groupconv
-from groupconv.cli import main
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -20,26 +19,12 @@ pytest.importorskip("onnxruntime")
 NETWORK = """
 from networks import residual as build
 """
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output and standard error of ``groupconv export``."""
+def run(command: Run, tmp_path: Path) -> Run:
     (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupconv", "export", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
+    return functools.partial(command, "export")
 
 
 def test_for_people(run: Run, tmp_path: Path) -> None:

@@ -1,15 +1,12 @@
 """The verbs of the optimizer: optimize, its sweep, plan and apply."""
 
 import json
-import logging
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from groupconv.cli import main
+from commands import Run, one_object
 
 NETWORK = """
 import torch
@@ -36,20 +33,11 @@ DENSE = {"0": 21_600, "2": 36_864, "4": 20_736, "6": 6_912}
 FILES = {"events.jsonl", "model.safetensors", "plan.json", "report.html", "report.json"}
 SHARED = ("--model", "net.py:build", "--data", "net.py:loader")
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """Exit status, standard output and standard error of a command line, in this process.
-
-    What native code prints is caught too. Times are in proportion to MACs.
-    """
+def run(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Times are in proportion to MACs."""
     (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
 
     def layer_times(layers: Any, *_: object) -> dict[str, list[float]]:
         return {
@@ -59,27 +47,7 @@ def run(
 
     for module in ("planning", "finish"):
         monkeypatch.setattr(sys.modules[f"groupconv.optimize.{module}"], "layer_times", layer_times)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupconv", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capfd.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    yield call
-    logging.getLogger("groupconv").handlers.clear()
-
-
-def one_object(text: str) -> dict[str, Any]:
-    """The one JSON object that standard output holds, and nothing else."""
-    value, end = json.JSONDecoder().raw_decode(text)
-    assert text[end:] == "\n"
-    assert isinstance(value, dict)
-    return value
+    return command
 
 
 def names(folder: Path) -> set[str]:

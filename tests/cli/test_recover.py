@@ -1,16 +1,13 @@
 """recover and report: a finished result learns further, and is shown again."""
 
 import json
-import logging
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 
 import groupconv
-from groupconv.cli import main
 from groupconv.cli.models import load_model
 
 NETWORK = """
@@ -36,30 +33,11 @@ def labelled():
 FILES = {"events.jsonl", "model.safetensors", "plan.json", "report.html", "report.json"}
 SHARED = ("--model", "net.py:build", "--data", "net.py:photos")
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
-    """Exit status, standard output and standard error of a command line, in this process."""
+def run(command: Run, tmp_path: Path) -> Run:
     (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["groupconv", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capfd.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    yield call
-    logging.getLogger("groupconv").handlers.clear()
+    return command
 
 
 @pytest.fixture
