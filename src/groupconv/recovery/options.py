@@ -26,8 +26,8 @@ class Recovery:
             too, where there are any.
         loss: of the student's outputs, the teacher's, and the labels or None, instead of the
             default: a scalar tensor.
-        augment: whether images are cropped and flipped at random and mixed in pairs; the teacher
-            sees the same ones. None: they are where the network is a classifier of images.
+        augment: whether images are cropped and flipped at random; the teacher sees the same ones.
+            None: they are where the network is a classifier of images.
         learning_rate: at its peak. None: up to 3e-3, less where little was lost, the time is
             short or batches are small.
         sync_batch_norm: whether batch norm takes its statistics over all processes, on GPUs.
