@@ -52,15 +52,15 @@ ORDER = {
         "operators", "capture",
         "expression", "weights", "maps", "constants", "fold", "fuse", "reorder", "gather",
         "dissolve", "layout", "padding", "tidy", "passes",
-        "steps", "memory", "library", "packed", "task", "convolve", "lower", "runner", "schedule",
-        "session",
+        "steps", "memory", "library", "packed", "task", "convolve", "banded", "lower", "runner",
+        "schedule", "session",
         "program", "algorithms", "profile", "records", "store", "watch", "compiled", "parts",
         "backend",
     ],
     "compiler/steps": [
         "step", "code", "entry", "channels", "window", "pool", "adaptive", "copy", "row",
         "functions", "map", "norm", "softmax", "shuffle", "gather", "pad", "relayout", "upsample",
-        "transform", "to_tiles", "from_tiles",
+        "transform", "to_tiles", "from_tiles", "bands",
     ],
     "models": [
         "biggan", "fashion_resnet", "shufflenet_v1", "stylegan2", "yolov3", "yolov3_weights",

@@ -4,10 +4,11 @@ import pytest
 import torch
 from compiler.build import Builder
 from compiler.random_graphs import graphs
-from compiler.test_winograd import CASES, RESULTS, graph, split
+from compiler.test_winograd import CASES, WAYS, graph, split
 from hypothesis import given, settings
 
-from groupconv.compiler.graph import Convolution, Graph, Products
+from groupconv.compiler.algorithms import Way
+from groupconv.compiler.graph import Bands, Convolution, Graph, Products
 from groupconv.compiler.library import Library
 from groupconv.compiler.passes import optimize
 from groupconv.compiler.program import Program
@@ -23,7 +24,7 @@ def check(graph: Graph) -> int:
     program = Program(graph, Library())
     unpacked, count = program.graph_with_weights(), 0
     for kept, node, back in zip(program.graph.nodes, graph.nodes, unpacked.nodes, strict=True):
-        if isinstance(node.operator, Convolution | Products):
+        if isinstance(node.operator, Convolution | Products | Bands):
             assert kept.operator.weight.is_meta
             assert kept.operator.weight.shape == node.operator.weight.shape
             assert torch.equal(back.operator.weight, node.operator.weight)
@@ -39,10 +40,10 @@ def test_random_graphs(graph: Graph) -> None:
     check(optimize(graph))
 
 
-@pytest.mark.parametrize("results", RESULTS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products(results: int, case: tuple) -> None:
-    assert check(split(graph(case), results)) == 1
+def test_products(way: Way, case: tuple) -> None:
+    assert check(split(graph(case), way)) == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])

@@ -12,6 +12,7 @@ from compiler.test_winograd import CASES, graph, split
 from hypothesis import given, settings
 
 from groupconv.compiler import schedule
+from groupconv.compiler.algorithms import Way
 from groupconv.compiler.graph import Graph
 from groupconv.compiler.library import Library
 from groupconv.compiler.passes import optimize
@@ -76,9 +77,10 @@ def test_random_graphs(whole: Graph) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("residual", [None, "before", "after"])
-def test_three_parts(case: tuple, residual: str | None) -> None:
+@pytest.mark.parametrize("way", [Way(4), Way(4, 1)])
+def test_winograd(case: tuple, residual: str | None, way: Way) -> None:
     whole = graph(case, "relu", residual)
-    check(split(whole, 4), expected=whole)
+    check(split(whole, way), expected=whole)
 
 
 def test_one_step_after_another_meets() -> None:

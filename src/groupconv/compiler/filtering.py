@@ -8,6 +8,7 @@ Neural Networks" (arXiv 1803.10986), on the choice of the points.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +20,8 @@ _PAIRS: dict[int, tuple[Fraction, ...]] = {
     2: (Fraction(1),),
     4: (Fraction(3, 4), Fraction(3, 2)),
 }
+# Bytes after which the lines of the cache next to the core begin again.
+_SAME_LINES = 4096
 _Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -57,6 +60,12 @@ def tiles(output_size: Sequence[int], m: int) -> tuple[int, int]:
     """Tiles of m x m results, down and across, that cover an image of them."""
     down, across = (-(-n // m) for n in output_size)
     return down, across
+
+
+def rows(tiles: int, channels: int) -> int:
+    """Of a matrix for so many tiles: one more where all matrices would else begin on the same lines
+    of the cache. Those who write and read them go through all of them at once."""
+    return min(tiles, tiles + 1, key=lambda rows: math.gcd(4 * rows * channels, _SAME_LINES))
 
 
 def _value(roots: Sequence[Fraction], x: Fraction) -> Fraction:

@@ -113,6 +113,30 @@ class Products:
 
 
 @dataclass(frozen=True, eq=False)
+class Bands:
+    """All three thirds of a 3x3 convolution, for some lines of tiles at a time, so that what is
+    between them stays near: inputs are x, then the residual if there is one.
+
+    Args:
+        conv: of the whole batch.
+        weight, chain: see :class:`Products`.
+        results: see :class:`ToTiles`.
+        lines: of tiles in a band; they divide the lines of all images.
+        bias, activation, slope, residual: see :class:`Convolution`.
+    """
+
+    conv: ConvSpec
+    weight: Tensor
+    chain: int
+    results: int
+    lines: int
+    bias: Tensor | None
+    activation: str | None
+    slope: float
+    residual: str | None
+
+
+@dataclass(frozen=True, eq=False)
 class FromTiles:
     """The last third: inputs are the products, then the residual if there is one.
 
@@ -306,8 +330,8 @@ class Host:
 
 
 Operator = (
-    Convolution | ToTiles | Products | FromTiles | Map | Pool | AdaptivePool | Upsample | Pad
-    | LayerNorm | Softmax | Gather | Concat | View | Relayout | Host
+    Convolution | ToTiles | Products | FromTiles | Bands | Map | Pool | AdaptivePool | Upsample
+    | Pad | LayerNorm | Softmax | Gather | Concat | View | Relayout | Host
 )  # fmt: skip
 
 

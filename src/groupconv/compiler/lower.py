@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from groupconv.compiler.banded import filtered
 from groupconv.compiler.convolve import convolve, multiply
 from groupconv.compiler.graph import (
     AdaptivePool,
+    Bands,
     Concat,
     Convolution,
     FromTiles,
@@ -73,6 +75,8 @@ class _Lowering:
                 yield from convolve(node, operator, self.places, self.library, self.alone)
             case Products() as operator:
                 yield multiply(node, operator, self.places, self.library, self.alone)
+            case Bands() as operator:
+                yield filtered(node, operator, self.places, self.library)
             case Concat():
                 yield from self._concatenation(node)
             case View():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from groupconv.compiler import lower, memory
-from groupconv.compiler.graph import Convolution, Graph, Host, Node, Products, Value
+from groupconv.compiler.graph import Bands, Convolution, Graph, Host, Node, Products, Value
 from groupconv.compiler.library import Library
 from groupconv.compiler.packed import Packed
 from groupconv.compiler.session import Session
@@ -100,7 +100,7 @@ def _guess(graph: Graph, machine: Machine) -> float:
     for node in graph.nodes:
         if isinstance(node.operator, Host):
             return math.inf
-        if isinstance(node.operator, Convolution):
+        if isinstance(node.operator, Convolution | Bands):
             conv = node.operator.conv
             seconds += conv.batch * kernel.guess(conv, machine)
         else:
@@ -110,14 +110,14 @@ def _guess(graph: Graph, machine: Machine) -> float:
 
 
 def _without_weight(node: Node) -> Node:
-    if not isinstance(node.operator, Convolution | Products):
+    if not isinstance(node.operator, Convolution | Products | Bands):
         return node
     shape = node.operator.weight.to("meta")
     return replace(node, operator=replace(node.operator, weight=shape))
 
 
 def _with_weight(node: Node, packed: list[Packed]) -> Node:
-    if not isinstance(node.operator, Convolution | Products):
+    if not isinstance(node.operator, Convolution | Products | Bands):
         return node
     weight = torch.zeros(node.operator.weight.shape)
     for part in packed:

@@ -17,6 +17,7 @@ _RECORDS: dict[str, type] = {
     record.__name__: record
     for record in (
         ConvSpec, records.Convolution, records.ToTiles, records.Products, records.FromTiles,
+        records.Bands,
         records.Instruction, records.Map, records.Pool,
         records.AdaptivePool, records.Upsample, records.Pad, records.LayerNorm, records.Softmax,
         records.Gather, records.Concat, records.View, records.Relayout, records.Input,

@@ -65,9 +65,11 @@ class Kernel:
         residual: Tensor | None = None,
         order: Tensor | None = None,
         offset: int = 0,
+        *,
+        alone: bool = False,
     ) -> None:
         """Compute ``y``; see :meth:`arguments`."""
-        record, _buffer = self.arguments(x, packed, bias, y, residual, order, offset)
+        record, _buffer = self.arguments(x, packed, bias, y, residual, order, offset, alone=alone)
         self.function(record)
 
     def arguments(
@@ -79,6 +81,8 @@ class Kernel:
         residual: Tensor | None = None,
         order: Tensor | None = None,
         offset: int = 0,
+        *,
+        alone: bool = False,
     ) -> tuple[bytes, Tensor | None]:
         """What ``function`` takes to compute ``y``, and a buffer to keep while it runs.
 
@@ -94,8 +98,9 @@ class Kernel:
             order: ``(in_channels,)`` int64; channel i of the convolution is ``x[:, order[i]]``.
             offset: element of an image of y where the first output goes; the residual starts at
                 the same pixel.
+            alone: whether one thread does it all, however much it is.
         """
-        threads, images = openmp.threads(), x.shape[0]
+        threads, images = 1 if alone else openmp.threads(), x.shape[0]
         if threads > 1 and self.seconds * images < WORTH_SHARING:
             threads = 1
         buffer = _buffer(threads * self.buffer) if self.buffer else None

@@ -98,7 +98,7 @@ def _make(key: _Key, images: int) -> Kernel:
     spec, machine, measured, distance, shared = key
     choices = candidates(spec, machine, distance > 0, shared)
     if measured:
-        code, made = _measure(spec, machine, choices, images)
+        code, made = _measure(spec, machine, choices, images, shared)
     else:
         code = kernel.compile(spec, machine, choices[0])
         made = kernel.load(spec, machine, choices[0], code)
@@ -115,11 +115,11 @@ def _bytes(spec: KernelSpec) -> int:
 
 
 def _measure(
-    spec: KernelSpec, machine: Machine, choices: list[Tile], images: int
+    spec: KernelSpec, machine: Machine, choices: list[Tile], images: int, shared: bool
 ) -> tuple[bytes, Kernel]:
     """Compile and time candidates until the time is spent; the fastest, and its code."""
     begun = time.perf_counter()
-    call = _calls(spec, images)
+    call = _calls(spec, images, shared)
     codes: dict[Tile, bytes] = {}
     kernels: list[Kernel] = []
     calls: dict[str, Callable[[], None]] = {}
@@ -153,7 +153,7 @@ def _measure(
     return codes[kernels[best].tile.code], kernels[best]
 
 
-def _calls(spec: KernelSpec, images: int) -> Callable[[Kernel], Callable[[], None]]:
+def _calls(spec: KernelSpec, images: int, shared: bool) -> Callable[[Kernel], Callable[[], None]]:
     """From a kernel to a call of it, on the same tensors for every kernel: as in a network, the
     caches still hold what was used last."""
     conv = spec.conv
@@ -166,7 +166,7 @@ def _calls(spec: KernelSpec, images: int) -> Callable[[Kernel], Callable[[], Non
 
     def call(made: Kernel) -> Callable[[], None]:
         packed = torch.ones(made.packed_size, dtype=torch.float32)
-        return lambda: made(x, packed, bias, y, residual, order)
+        return lambda: made(x, packed, bias, y, residual, order, alone=not shared)
 
     return call
 
