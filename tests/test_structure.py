@@ -46,7 +46,7 @@ ORDER = {
         "tuning", "transposed", "parts", "peak", "fingerprint", "weights", "request", "native",
         "dispatch",
     ],
-    "nn": ["checks", "functional", "conv", "explain", "shuffle", "blocks"],
+    "nn": ["checks", "dense", "functional", "conv", "explain", "shuffle", "blocks"],
     "compiler": [
         "filtering", "graph", "views", "building", "arguments", "elementwise", "spatial", "joins",
         "operators", "capture",
@@ -68,7 +68,7 @@ ORDER = {
     "data": ["images", "sample"],
     "targets": [
         "base", "quiet", "modulated", "program", "fold", "eager", "inductor", "native", "onnx_file",
-        "onnx_int8", "onnxruntime", "openvino", "rewrites", "dense", "litert_convert",
+        "onnx_int8", "onnxruntime", "openvino", "rewrites", "litert_convert",
         "litert_int8", "litert", "executorch", "mil_functions", "mil",
         "coreml", "verify", "export", "table", "alone", "bench",
     ],

@@ -1,18 +1,14 @@
 """Minimal filtering in bands as a task: a step that calls three others."""
 
-from dataclasses import replace
-
+from groupconv.compiler.convolve import products
 from groupconv.compiler.filtering import rows, tiles
 from groupconv.compiler.graph import Bands, Node, Value
-from groupconv.compiler.library import Library, shared
+from groupconv.compiler.library import Library
 from groupconv.compiler.memory import Place
-from groupconv.compiler.packed import Packed, pack
 from groupconv.compiler.steps.bands import BandsStep
 from groupconv.compiler.steps.from_tiles import FromTilesStep
 from groupconv.compiler.steps.to_tiles import ToTilesStep
 from groupconv.compiler.task import Pointer, Task
-from groupconv.kernels.parts import parts
-from groupconv.kernels.spec import ConvSpec
 
 
 def filtered(node: Node, operator: Bands, places: dict[Value, Place], library: Library) -> Task:
@@ -32,14 +28,10 @@ def filtered(node: Node, operator: Bands, places: dict[Value, Place], library: L
         operator.results, conv.out_channels, (height, width), strides, operator.bias is not None,
         operator.residual, operator.activation, operator.slope, y_image,
     )  # fmt: skip
-    product = ConvSpec(
-        matrices, conv.in_channels, conv.out_channels, (1, count), (1, 1), (1, 1),
-        ((0, 0), (0, 0)), (1, 1), conv.groups,
-    )  # fmt: skip
-    (part,) = parts(product).parts
-    part = replace(part, spec=replace(part.spec, chain=operator.chain))
-    kernel = library.kernel(part.spec, matrices, alone=True)
-    packed = Packed(shared(pack(kernel, part, operator.weight)), kernel, part)
+    product, packed = products(
+        operator.weight, count, conv.groups, operator.chain, library, alone=True
+    )
+    kernel = packed.kernel
     step = BandsStep(
         down, operator.lines, count * conv.in_channels, count * conv.out_channels, matrices,
         kernel.tile.rows, kernel.tile.blocks, x_image, y_image, kernel.packed_size,
@@ -64,7 +56,7 @@ def filtered(node: Node, operator: Bands, places: dict[Value, Place], library: L
             conv.batch,
         ),
         seconds=bands * matrices * kernel.seconds,
-        macs=bands * matrices * part.spec.conv.macs,
+        macs=bands * product.macs,
         bytes=moved + 4 * packed.tensor.numel(),
         inputs=node.inputs,
         output=y,

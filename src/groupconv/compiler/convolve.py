@@ -51,21 +51,29 @@ def multiply(
 ) -> Task:
     """One task: each matrix is an image, with weights of its own."""
     (x,), y = node.inputs, node.output
-    count, rows = x.shape[0], operator.rows
-    conv = ConvSpec(
-        count, x.channels, y.channels, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1),
-        operator.groups,
-    )  # fmt: skip
-    (part,) = parts(conv).parts
-    part = replace(part, spec=replace(part.spec, chain=operator.chain))
-    kernel = library.kernel(part.spec, count, alone=alone)
-    packed = Packed(shared(pack(kernel, part, operator.weight)), kernel, part)
+    conv, packed = products(
+        operator.weight, operator.rows, operator.groups, operator.chain, library, alone
+    )
     images = Convolution(conv, operator.weight)
     return _task(
         node, images, packed, (places[x], None, places[y]), None,
         x_image=x.shape[1] * x.channels, y_image=y.shape[1] * y.channels,
-        w_image=kernel.packed_size,
+        w_image=packed.kernel.packed_size,
     )  # fmt: skip
+
+
+def products(
+    weight: Tensor, rows: int, groups: int, chain: int, library: Library, alone: bool
+) -> tuple[ConvSpec, Packed]:
+    """What multiplies matrices of so many rows by those of ``weight``: see :class:`Products`."""
+    count, out, width = weight.shape[:3]
+    conv = ConvSpec(
+        count, groups * width, out, (1, rows), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), groups
+    )
+    (part,) = parts(conv).parts
+    part = replace(part, spec=replace(part.spec, chain=chain))
+    kernel = library.kernel(part.spec, count, alone=alone)
+    return conv, Packed(shared(pack(kernel, part, weight)), kernel, part)
 
 
 def _task(

@@ -95,9 +95,13 @@ def _steps(machine: Machine, name: str) -> tuple[Emitter, str]:
 
 def _meet(machine: Machine, name: str) -> str:
     """Wait until all threads of the team are here."""
-    pause = "aarch64.hint(i32 1)" if machine.name == "neon" else "x86.sse2.pause()"
+    pause, kind, hint = (
+        ("llvm.aarch64.hint", "i32", "i32 1")
+        if machine.name == "neon"
+        else ("llvm.x86.sse2.pause", "", "")
+    )
     return f"""
-declare void @llvm.{pause.replace(" 1", "")}
+declare void @{pause}({kind})
 define internal void @{name}_meet(ptr %place, ptr %give_way, i64 %team) nounwind {{
 entry:
   %meetings = getelementptr i64, ptr %place, i64 {PLACE // 2}
@@ -117,7 +121,7 @@ look:
   %met = icmp ne i64 %now, %before
   br i1 %met, label %done, label %wait
 wait:
-  call void @llvm.{pause}
+  call void @{pause}({hint})
   %more = add i64 %looks, 1
   %early = icmp ult i64 %more, {_LOOKS}
   br i1 %early, label %look, label %rest

@@ -46,12 +46,9 @@ def _touch(task: Task, other: Task, places: Mapping[Value, Place]) -> bool:
     if task.output is other.output:
         # They are parts of one node, which none of the others reads.
         return False
-    return any(
-        _overlap(written, places[written], value, places[value])
-        for first, second in ((task, other), (other, task))
-        for written in (first.output,)
-        for value in (*second.inputs, second.output)
-    )
+    pairs = [(task.output, value) for value in (*other.inputs, other.output)]
+    pairs += [(other.output, value) for value in task.inputs]
+    return any(_overlap(a, places[a], b, places[b]) for a, b in pairs)
 
 
 def _overlap(a: Value, at: Place, b: Value, there: Place) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from groupconv.errors import ArgumentError, DataError
 from groupconv.kernels.spec import ConvSpec, check_groups
 from groupconv.nn import ChannelShuffle
+from groupconv.nn.dense import expanded
 
 # What a structure may stand in place of.
 Layer = nn.modules.conv._ConvNd | nn.Linear
@@ -33,13 +34,7 @@ def channels(layer: Layer) -> tuple[int, int]:
 def dense_weight(layer: Layer) -> Tensor:
     """``(C_out, C_in, *k)``: the weight of a layer that is not transposed, 0 between its groups."""
     weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
-    if groups == 1:
-        return weight
-    rows, width = weight.shape[:2]
-    dense = weight.new_zeros(groups, rows // groups, groups, width, *weight.shape[2:])
-    each = torch.arange(groups)
-    dense[each, :, each] = weight.unflatten(0, (groups, -1))
-    return dense.reshape(rows, groups * width, *weight.shape[2:])
+    return weight if groups == 1 else expanded(weight, groups)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from groupconv.errors import ArgumentError, DataError
+from groupconv.nn.dense import ungrouped
 from groupconv.targets.base import FileTarget
 from groupconv.targets.coreml import CoreMl
-from groupconv.targets.dense import ungrouped
 from groupconv.targets.eager import Eager
 from groupconv.targets.executorch import ExecuTorch
 from groupconv.targets.inductor import Inductor

@@ -80,19 +80,24 @@ class LiteRt(FileTarget):
         return litert_int8.quantize(path, batches, out)
 
     def off_gpu(self, path: Path) -> list[str]:
-        missing = sorted(self.nodes(path).keys() - _GPU)
-        split = sum(any(n % _GPU_CHANNELS for n in sizes) for sizes in _group_sizes(path))
+        interpreter = _interpreter(path)
+        missing = sorted(_names(interpreter).keys() - _GPU)
+        split = sum(any(n % _GPU_CHANNELS for n in sizes) for sizes in _group_sizes(interpreter))
         several = f"{split} CONV_2D of groups that are no multiple of {_GPU_CHANNELS} channels"
         return [*missing, several] if split else missing
 
     def nodes(self, path: Path) -> dict[str, int]:
-        names = [step["op_name"] for step in _interpreter(path)._get_ops_details()]
-        return dict(Counter(name for name in names if name not in _ADDED))
+        return _names(_interpreter(path))
 
 
-def _group_sizes(path: Path) -> Iterator[tuple[int, int]]:
+def _names(interpreter: Any) -> dict[str, int]:
+    """The operators of a file, with how many there are."""
+    names = [step["op_name"] for step in interpreter._get_ops_details()]
+    return dict(Counter(name for name in names if name not in _ADDED))
+
+
+def _group_sizes(interpreter: Any) -> Iterator[tuple[int, int]]:
     """Channels of a group, before and after, of every convolution in groups."""
-    interpreter = _interpreter(path)
     shapes = {t["index"]: t["shape"].tolist() for t in interpreter.get_tensor_details()}
     for step in interpreter._get_ops_details():
         if step["op_name"] == "CONV_2D":

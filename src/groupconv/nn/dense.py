@@ -1,4 +1,4 @@
-"""Grouped convolutions as dense ones, for hardware that has no others."""
+"""Grouped convolutions as dense ones: zeros between channels of different groups."""
 
 import copy
 
@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def ungrouped(model: nn.Module) -> nn.Module:
-    """A copy that computes the same without grouped convolutions: they are dense ones, with zeros
-    between channels of different groups. Depthwise ones, which all hardware has, stay.
+    """A copy that computes the same without grouped convolutions, for hardware that has none.
+    Depthwise ones, which all hardware has, stay.
 
     Args:
         model: left as it was.

@@ -8,7 +8,7 @@ from torch import nn
 
 import groupconv
 from groupconv import nn as gnn
-from groupconv.targets.dense import ungrouped
+from groupconv.nn.dense import ungrouped
 
 LAYERS = {
     "1-d": (nn.Conv1d(6, 4, 3, groups=2), (2, 6, 9)),
